@@ -1,0 +1,8 @@
+"""`python -m dedupfs`: the same as `dedupfs`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""The system calls dedupfs makes on the source tree, each one a method, so that a test can make each of them fail.
+
+Everything is relative to one descriptor of the source directory, opened before anything is mounted over it, so that the
+same code serves an archive mounted over itself. Called by every storage and engine module; holds no state but that
+descriptor and what it learned about the filesystem; any thread may call any method. Errors are the OSError of the call.
+
+The reference xattr lives in `trusted.` when we are privileged (nobody else can write it) and in `user.` when we are not.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+
+from .codec import decode_reference, encode_reference
+from .errors import SourceError
+from .model import ROOT, SMALLEST_SHARED_BYTES, Ino, Reference
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+UTIME_OMIT = (1 << 30) - 2
+
+# include/uapi/linux/fs.h
+_FICLONE = 0x40049409
+_FIDEDUPERANGE = 0xC0189436
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_IMMUTABLE_FL = 0x10
+_FILE_DEDUPE_RANGE_DIFFERS = 1
+_DEDUPE_HEADER = struct.Struct("=QQHHI")
+_DEDUPE_INFO = struct.Struct("=qQQiI")
+_DEDUPE_CHUNK_BYTES = 16 << 20  # btrfs refuses more in one call; XFS does not mind
+
+_F_SETSIG = 10
+_F_SETLEASE = 1024
+_F_GETLEASE = 1025
+_COPY_CHUNK_BYTES = 64 << 20
+
+# Filesystems whose journal applies metadata changes in the order they were made: a reference that was completed before
+# it was renamed into place is complete whenever the rename survived. Elsewhere each reference is fsynced first.
+_ORDERED_FILESYSTEMS = frozenset({"ext3", "ext4", "xfs"})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
+_libc.futimens.argtypes = [ctypes.c_int, ctypes.c_void_p]
+_AT_SYMLINK_NOFOLLOW = 0x100
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def filesystem_type(device: int) -> str:
+    """The kernel's name for the filesystem with this device number, "" when it is not in the mount table."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            mount, _, source = line.partition(" - ")
+            if mount.split(" ", 3)[2] == wanted:
+                return source.split(" ", 1)[0]
+    return ""
+
+
+class Backing:
+    """One source directory, held open."""
+
+    def __init__(self, source: str | bytes) -> None:
+        """Raises SourceError when `source` is not a directory that can be opened."""
+        self.source = os.path.abspath(os.fsencode(source))
+        shown = os.fsdecode(self.source)
+        try:
+            self.root_fd = os.open(self.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError:
+            raise SourceError(f"{shown} is not a directory; name the directory that holds the archive") from None
+        except OSError as error:
+            raise SourceError(f"cannot open {shown}: {error.strerror}") from None
+        st = os.fstat(self.root_fd)
+        self.device = st.st_dev
+        self.root_ino = Ino(st.st_ino)
+        # btrfs answers stat with a device number of its own that the mount table does not show; the name is then "".
+        self.filesystem = filesystem_type(st.st_dev)
+        self.orders_metadata = self.filesystem in _ORDERED_FILESYSTEMS
+        self.privileged = os.geteuid() == 0
+        self.reference_xattr = b"trusted.dedupfs.ref" if self.privileged else b"user.dedupfs.ref"
+        self._proc_prefix = b"/proc/self/fd/%d/" % self.root_fd
+        self._real_root = os.readlink(b"/proc/self/fd/%d" % self.root_fd)
+
+    def close(self) -> None:
+        os.close(self.root_fd)
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def lstat(self, path: bytes) -> os.stat_result:
+        return os.stat(path or b".", dir_fd=self.root_fd, follow_symlinks=False)
+
+    def open(self, path: bytes, flags: int, mode: int = 0o600) -> int:
+        """A descriptor; a symbolic link in the last place is never followed."""
+        return os.open(path or b".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.root_fd)
+
+    def open_quietly(self, path: bytes) -> int:
+        """A read-only descriptor of a regular file that leaves its access time alone where the kernel allows that."""
+        flags = os.O_RDONLY | os.O_NONBLOCK  # a FIFO put in the file's place must not hold us up
+        try:
+            return self.open(path, flags | os.O_NOATIME)
+        except PermissionError:
+            return self.open(path, flags)
+
+    def scandir(self, path: bytes) -> Iterator[os.DirEntry[str]]:
+        """The entries of a directory; a symbolic link in its place is an error, not followed.
+
+        Names come as `str` (Python has no bytes form for descriptors): `os.fsencode(entry.name)` is the name.
+        """
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with os.scandir(fd) as entries:
+                yield from entries
+        finally:
+            os.close(fd)
+
+    def readlink(self, path: bytes) -> bytes:
+        return os.readlink(path, dir_fd=self.root_fd)
+
+    def path_of(self, fd: int) -> bytes | None:
+        """Where in the source an open descriptor is now, whatever was renamed since; None when it has no name there."""
+        if os.fstat(fd).st_nlink == 0:
+            return None
+        path = os.readlink(b"/proc/self/fd/%d" % fd)
+        root = self._real_root
+        if path == root:
+            return ROOT
+        prefix = root if root.endswith(b"/") else root + b"/"
+        return path[len(prefix) :] if path.startswith(prefix) else None
+
+    def statvfs(self) -> os.statvfs_result:
+        return os.fstatvfs(self.root_fd)
+
+    # -- names --------------------------------------------------------------------------------------------------------
+
+    def mkdir(self, path: bytes, mode: int) -> None:
+        os.mkdir(path, mode, dir_fd=self.root_fd)
+
+    def mknod(self, path: bytes, mode: int, device: int) -> None:
+        os.mknod(path, mode, device, dir_fd=self.root_fd)
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        os.symlink(target, path, dir_fd=self.root_fd)
+
+    def unlink(self, path: bytes) -> None:
+        os.unlink(path, dir_fd=self.root_fd)
+
+    def rmdir(self, path: bytes) -> None:
+        os.rmdir(path, dir_fd=self.root_fd)
+
+    def link(self, path: bytes, new: bytes) -> None:
+        os.link(path, new, src_dir_fd=self.root_fd, dst_dir_fd=self.root_fd, follow_symlinks=False)
+
+    def rename(self, path: bytes, new: bytes, flags: int = 0) -> None:
+        if flags:
+            _check(_libc.renameat2(self.root_fd, path, self.root_fd, new, flags))
+        else:
+            os.rename(path, new, src_dir_fd=self.root_fd, dst_dir_fd=self.root_fd)
+
+    # -- attributes ---------------------------------------------------------------------------------------------------
+
+    def chmod(self, path: bytes, mode: int) -> None:
+        # fchmodat has no way not to follow a link before Linux 6.6; the kernel resolved links before it asked us.
+        os.chmod(path or b".", mode, dir_fd=self.root_fd)
+
+    def chown(self, path: bytes, uid: int, gid: int) -> None:
+        os.chown(path or b".", uid, gid, dir_fd=self.root_fd, follow_symlinks=False)
+
+    def utime(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
+        os.utime(path or b".", ns=(atime_ns, mtime_ns), dir_fd=self.root_fd, follow_symlinks=False)
+
+    def set_mtime(self, path: bytes, mtime_ns: int) -> None:
+        """Set the modification time and leave the access time as it is."""
+        seconds, ns = divmod(mtime_ns, 10**9)
+        times = (ctypes.c_long * 4)(0, UTIME_OMIT, seconds, ns)
+        self.utimensat(path, ctypes.addressof(times))
+
+    def utimensat(self, path: bytes, times: int | None) -> None:
+        """`times`: the address of two struct timespec, UTIME_NOW and UTIME_OMIT included, or None for now."""
+        _check(_libc.utimensat(self.root_fd, path or b".", times, _AT_SYMLINK_NOFOLLOW))
+
+    @staticmethod
+    def futimens(fd: int, times: int | None) -> None:
+        _check(_libc.futimens(fd, times))
+
+    def truncate(self, path: bytes, size_bytes: int) -> None:
+        fd = self.open(path, os.O_WRONLY)
+        try:
+            self.ftruncate(fd, size_bytes)
+        finally:
+            os.close(fd)
+
+    def _xattr_path(self, path: bytes) -> bytes:
+        # There is no getxattrat before Linux 6.13; the magic link leads into the source even where it is mounted over.
+        return self._proc_prefix + (path or b".")
+
+    def getxattr(self, path: bytes, name: bytes) -> bytes:
+        return os.getxattr(self._xattr_path(path), name, follow_symlinks=False)
+
+    def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int = 0) -> None:
+        os.setxattr(self._xattr_path(path), name, value, flags, follow_symlinks=False)
+
+    def listxattr(self, path: bytes) -> list[bytes]:
+        return [os.fsencode(name) for name in os.listxattr(self._xattr_path(path), follow_symlinks=False)]
+
+    def removexattr(self, path: bytes, name: bytes) -> None:
+        os.removexattr(self._xattr_path(path), name, follow_symlinks=False)
+
+    # -- references ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def may_be_reference(st: os.stat_result) -> bool:
+        """Whether an inode looks as a reference does: a regular file with fewer blocks than bytes.
+
+        Spares ordinary files the xattr call. A reference may own a block (of xattrs too long for its inode).
+        """
+        return stat.S_ISREG(st.st_mode) and st.st_size >= SMALLEST_SHARED_BYTES and st.st_blocks * 512 < st.st_size
+
+    def read_reference(self, path: bytes) -> Reference | None:
+        """The reference that the file carries, None when it carries none. Raises StoreError for one we cannot read."""
+        try:
+            value = self.getxattr(path, self.reference_xattr)
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return None
+            raise
+        return decode_reference(value)
+
+    def fread_reference(self, fd: int) -> Reference | None:
+        try:
+            value = os.getxattr(fd, self.reference_xattr)
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return None
+            raise
+        return decode_reference(value)
+
+    def fset_reference(self, fd: int, reference: Reference) -> None:
+        os.setxattr(fd, self.reference_xattr, encode_reference(reference))
+
+    def fremove_reference(self, fd: int) -> None:
+        os.removexattr(fd, self.reference_xattr)
+
+    @staticmethod
+    def has_data(fd: int) -> bool:
+        """Whether the inode has a block of its own. Leaves the descriptor's offset at an unspecified place."""
+        try:
+            os.lseek(fd, 0, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise
+        return True
+
+    # -- content ------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def ftruncate(fd: int, size_bytes: int) -> None:
+        os.ftruncate(fd, size_bytes)
+
+    @staticmethod
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+        _check(_libc.fallocate(fd, mode, offset, length))
+
+    @staticmethod
+    def copy_range(source: int, target: int, length: int) -> None:
+        """Copy the first `length` bytes of `source` to the same place in `target`, sharing extents where that works.
+
+        Raises OSError; EIO when `source` ends early.
+        """
+        with suppress(OSError):
+            if os.fstat(source).st_size == length:
+                fcntl.ioctl(target, _FICLONE, source)
+                return
+        offset = 0
+        while offset < length:
+            try:
+                count = os.copy_file_range(source, target, min(length - offset, _COPY_CHUNK_BYTES), offset, offset)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                data = os.pread(source, 1 << 20, offset)[: length - offset]
+                count = os.pwrite(target, data, offset) if data else 0
+            if not count:
+                raise OSError(errno.EIO, "content ends before its recorded size")
+            offset += count
+
+    @staticmethod
+    def clone(source: int, target: int) -> None:
+        """Make `target` share all extents of `source`. Raises OSError where the filesystem cannot."""
+        fcntl.ioctl(target, _FICLONE, source)
+
+    @staticmethod
+    def dedupe(source: int, target: int, size_bytes: int) -> bool:
+        """Let the kernel compare the two and share their extents. False, with nothing lost, when bytes differ.
+
+        ioctl_fideduperange(2). Raises OSError.
+        """
+        offset = 0
+        while offset < size_bytes:
+            length = min(size_bytes - offset, _DEDUPE_CHUNK_BYTES)
+            request = bytearray(
+                _DEDUPE_HEADER.pack(offset, length, 1, 0, 0) + _DEDUPE_INFO.pack(target, offset, 0, 0, 0)
+            )
+            fcntl.ioctl(source, _FIDEDUPERANGE, request)
+            _, _, done, status, _ = _DEDUPE_INFO.unpack_from(request, _DEDUPE_HEADER.size)
+            if status == _FILE_DEDUPE_RANGE_DIFFERS:
+                return False
+            if status < 0:
+                raise OSError(-status, os.strerror(-status))
+            if not done:
+                raise OSError(errno.EIO, "the filesystem shared no extents and gave no reason")
+            offset += done
+        return True
+
+    # -- durability and guards ----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def fsync(fd: int) -> None:
+        os.fsync(fd)
+
+    def fsync_directory(self, path: bytes) -> None:
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self.fsync(fd)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def fset_immutable(fd: int, *, immutable: bool) -> bool:
+        """Set or clear the immutable flag; False where the filesystem or our rights do not allow it."""
+        word = bytearray(8)
+        try:
+            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, word)
+            flags = int.from_bytes(word[:4], "little")
+            wanted = flags | _FS_IMMUTABLE_FL if immutable else flags & ~_FS_IMMUTABLE_FL
+            if wanted != flags:
+                fcntl.ioctl(fd, _FS_IOC_SETFLAGS, wanted.to_bytes(8, "little"))
+        except OSError:
+            return False
+        return True
+
+    @staticmethod
+    def take_read_lease(fd: int) -> bool:
+        """Make a writer who goes around the mount wait until `fd` is closed, or for /proc/sys/fs/lease-break-time.
+
+        False while anybody has the file open for writing, and where the filesystem has no leases. fcntl(2).
+        """
+        try:
+            # The default signal of a lease break, SIGIO, would end the process; SIGURG is ignored by default.
+            fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, _F_SETLEASE, fcntl.F_RDLCK)
+        except OSError:
+            return False
+        return True
+
+    @staticmethod
+    def lease_is_breaking(fd: int) -> bool:
+        """Whether somebody waits for the lease taken on `fd`."""
+        return fcntl.fcntl(fd, _F_GETLEASE) != fcntl.F_RDLCK

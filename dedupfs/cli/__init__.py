@@ -1,0 +1,113 @@
+"""The command line: one module a command, each with `add` (its arguments) and `run` (its exit code).
+
+This module parses, and it is where every error becomes one line on standard error and an exit code.
+"""
+
+import argparse
+import io
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from .. import __version__
+from ..config import debugging
+from ..control import describe
+from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
+from . import duplicates, fsck, mount, rebuild, restore, scan, settle, status, umount
+from .output import printable
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+_DESCRIPTION = """\
+Front a directory of photographs, and store the bytes of every picture once.
+
+  dedupfs mount /srv/photos /srv/photos     the archive, mounted over itself: no path changes
+  dedupfs status /srv/photos                what it holds and what that saves
+  dedupfs duplicates /srv/photos            which files are the same picture
+  dedupfs umount /srv/photos
+"""
+
+_EPILOG = """\
+SOURCE is the directory that holds the archive, MOUNT the directory where it is mounted.
+A command that takes either asks the running mount where there is one, and else works on the store itself.
+
+exit codes:
+    0  done; fsck: clean
+    1  restore: some files were not restored; fsck: everything found was repaired
+    2  fsck: something is left that was not repaired
+   64  wrong option or argument
+   65  the store is damaged
+   66  the source, the mount point or a named file cannot be used
+   67  not mounted
+   69  libfuse, /dev/fuse or a feature of the filesystem is missing
+   70  a bug in dedupfs
+   71  the operating system refused
+   75  somebody else uses the store or the mount; try again later
+   76  the store was written by a newer version
+  130  interrupted
+"""
+
+_COMMANDS = (mount, umount, status, settle, duplicates, scan, restore, rebuild, fsck)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 14  # argparse forgets that commands are indented, and breaks the line of the longest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dedupfs",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dedupfs {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line, by default that of the process, and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file name is the bytes it is
+    try:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as finished:  # --help, --version
+        return int(finished.code or 0)
+    except DedupfsError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # What is still buffered would fail again when Python flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if debugging():
+            traceback.print_exc()
+        return _fail(describe(error), EXIT_OS_ERROR)
+    except Exception as error:  # noqa: BLE001 - a bug: its one line says how to see the rest
+        if debugging():
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {error}"
+        return _fail(f"internal error: {what}; set DEDUPFS_DEBUG=1 for the traceback", EXIT_INTERNAL)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"dedupfs: {printable(message)}", file=sys.stderr)
+    return code

@@ -1,0 +1,41 @@
+"""dedupfs status MOUNT"""
+
+import argparse
+
+from .output import add_json, print_facts, print_json, size_text
+from .targets import ask
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "status",
+        help="what a mount holds, and what sharing saves",
+        description="Show what a mount holds: sizes as applications see them, what of that is stored, what waits.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("mount", metavar="MOUNT")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    answer = ask(arguments.mount, "status", {})
+    if arguments.json:
+        print_json(answer)
+        return 0
+    logical = answer["logical_bytes"]
+    share = f" ({100 * answer['saved_bytes'] / logical:.0f} %)" if logical else ""
+    print_facts(
+        [
+            ("files", f"{answer['files']:,}"),
+            ("size of all", size_text(logical)),
+            ("stored", size_text(answer["stored_bytes"])),
+            ("saved", size_text(answer["saved_bytes"]) + share),
+            ("references", f"{answer['references']:,}"),
+            ("blobs", f"{answer['blobs']:,}"),
+            ("pending", f"{answer['pending']:,}" + (", and a scan is running" if answer["scanning"] else "")),
+            ("sharing by", str(answer["share"])),
+            ("passthrough", "yes" if answer["passthrough"] else "no"),
+        ]
+    )
+    return 0

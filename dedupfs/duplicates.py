@@ -1,0 +1,111 @@
+"""What scripts and people may ask about duplicates: the xattrs of a file, and groups for the command line.
+
+Answers come from the index and are checked against the tree before they are given: a path is named only if it leads to
+the inode that the index means, unchanged. Who asks through the mount learns only of files that they could have listed
+and read themselves.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .asking import AsCaller
+from .backing import Backing
+from .index import Index
+from .model import Caller, ContentKey, FileRecord, Ino, Stamp
+from .openfiles import Key
+from .settle import Settler
+
+# XATTR_SIZE_MAX: the kernel takes no longer value.
+_LONGEST_ANSWER_BYTES = 65536
+
+# How long an app that asks about a pending file is kept waiting before it is told that there is no answer.
+_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One content and every path that has it."""
+
+    content: ContentKey
+    size_bytes: int
+    paths: list[bytes]
+
+
+class Answers:
+    """Looks things up; any thread."""
+
+    def __init__(self, backing: Backing, index: Index, settler: Settler, as_caller: AsCaller) -> None:
+        self._backing, self._index = backing, index
+        self._settler, self._as_caller = settler, as_caller
+
+    def xattr(self, path: bytes, name: bytes, caller: Caller) -> bytes:
+        """The value of `user.dedupfs.<name>`. Raises ENODATA where there is no answer."""
+        if name not in (b"digest", b"state", b"refs", b"duplicates"):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        _ino, record = self.settled(path)
+        if name == b"digest":
+            return record.content.digest.hex().encode()
+        if name == b"state":
+            return record.state.word.encode()
+        if name == b"refs":
+            return b"%d" % self._index.count_holders(record.content)
+        others = sorted(found for found in self.paths(record.content) if found != path)
+        answer = bytearray()
+        for found in self._as_caller.readable(others, caller):
+            if len(answer) + len(found) + 1 > _LONGEST_ANSWER_BYTES:
+                break
+            answer += found + b"\0"
+        return bytes(answer)
+
+    def settled(self, path: bytes) -> tuple[Ino, FileRecord]:
+        """What is known of a file, once it is settled. Raises ENODATA when nothing can be said about it."""
+        for _ in range(3):
+            st = self._backing.lstat(path)
+            key = Key.of(st)
+            if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
+                break
+            self._settler.wait_settled(key, _PATIENCE_S)
+            st = self._backing.lstat(path)
+            if Key.of(st) != key:
+                continue  # it became a reference, or was replaced
+            record = self._index.file(key.ino)
+            if record is not None and record.stamp == Stamp.of(st):
+                return key.ino, record
+            if self._settler.is_pending(key.ino):
+                break  # an app has it open for writing
+            self._settler.offer(key.ino, path)  # changed behind our back, or not scanned yet
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+    def paths(self, content: ContentKey) -> list[bytes]:
+        """Every path of the tree with this content."""
+        found: list[bytes] = []
+        for ino in self._index.holders(content):
+            record = self._index.file(ino)
+            for path in self._index.paths(ino, self._backing.root_ino) if record is not None else []:
+                try:
+                    st = self._backing.lstat(path)
+                except OSError:
+                    continue
+                if st.st_ino == ino and record is not None and Stamp.of(st) == record.stamp:
+                    found.append(path)
+        return found
+
+    def group(self, path: bytes) -> Group:
+        _, record = self.settled(path)
+        return Group(record.content, record.stamp.size_bytes, sorted(self.paths(record.content)))
+
+    def groups(self) -> Iterator[Group]:
+        """Every content that more than one path has, in short transactions."""
+        position = b""
+        while True:
+            found, position = self._index.all_groups(position, 200)
+            for content, inodes in found:
+                record = self._index.file(inodes[0])
+                paths = sorted(self.paths(content))
+                if record is not None and len(paths) > 1:
+                    yield Group(content, record.stamp.size_bytes, paths)
+            if not position:
+                return

@@ -1,0 +1,320 @@
+"""Builds every object of an owned source once, wires them, and answers the commands that need more than one of them.
+
+A mount starts its threads; an offline command does not, and does its work in its own thread. `close` leaves the store
+clean if everything that happened is in the index, and otherwise leaves it to the next start to reconcile.
+"""
+
+import logging
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Self
+
+from .asking import AsCaller
+from .backing import Backing
+from .blobs import Blobs
+from .config import MountOptions
+from .digest import DescriptorHasher, hash_descriptor
+from .duplicates import Answers, Group
+from .errors import IndexDamaged, SourceError, StoreError, Unavailable
+from .fileio import FileIo
+from .index import Index
+from .journal import Recording
+from .matching import Matcher
+from .openfiles import Gate, OpenFiles
+from .reconcile import Census, Progress, Reconciler, Stopped, walk
+from .settle import Settler
+from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
+from .store import INDEX, ORPHANS, QUARANTINE, Store
+from .vfs import Vfs
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """An owned source, ready to be served or worked on."""
+
+    def __init__(
+        self,
+        source: str,
+        options: MountOptions,
+        *,
+        backing: Backing | None = None,
+        hasher: DescriptorHasher = hash_descriptor,
+    ) -> None:
+        """Take the store. Raises what `Store` raises, and Unavailable when the wanted sharing cannot be had."""
+        self._read_only = options.read_only
+        self.backing = backing or Backing(source)
+        self.store = Store(self.backing)
+        try:
+            self._build(options, hasher)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def _build(self, options: MountOptions, hasher: DescriptorHasher) -> None:
+        backing = self.backing
+        self.openfiles, self.gate = OpenFiles(), Gate()
+        self.blobs = Blobs(backing)
+        self.references = ReferenceSharing(backing, self.blobs, self.openfiles, self.gate)
+        self.references.sweep()
+        _sweep_orphans(backing)
+        self.sharing = self._choose_sharing(options.share)
+        self.index, was_rebuilt = _open_index(backing, self.store.uuid)
+        self.settler = Settler(backing.device, self.index, self.openfiles, self.gate, self.references)
+        self._recording = Recording(backing, self.settler.is_pending)
+        self.settler.attach(
+            Matcher(
+                backing,
+                self.blobs,
+                self.openfiles,
+                self.references,
+                self.sharing,
+                hasher,
+                self._recording,
+                lambda path: self.on_replaced(path),
+            ),
+            self._recording,
+        )
+        self.settler.index_is_complete = self.store.was_clean and not was_rebuilt and self.index.is_complete()
+        self.settler.load()
+        # Called with every path that got another inode, so that caches can be told; a mount sets it.
+        self.on_replaced: Callable[[bytes], None] = _nobody
+        self._as_caller = AsCaller(backing)
+        self.answers = Answers(backing, self.index, self.settler, self._as_caller)
+        io = FileIo(
+            backing,
+            self.index,
+            self.blobs,
+            self.openfiles,
+            self.gate,
+            self.references,
+            self.settler,
+            copies_refer=self.sharing is self.references,
+            noatime=options.noatime,
+        )
+        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers)
+        self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler, self._recording)
+        self._stopping = threading.Event()
+        self._scan_lock = threading.Lock()
+        self._scanner: threading.Thread | None = None
+        self._running = False
+        self._closed = False
+
+    def _choose_sharing(self, wanted: str) -> Sharing:
+        if wanted != "reference" and supports_reflink(self.backing):
+            return ReflinkSharing(self.backing)
+        if wanted == "reflink":
+            where = self.backing.filesystem or "this filesystem"
+            raise Unavailable(f"{where} cannot share extents between files; use share=reference")
+        return self.references
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to settle in the background, and to reconcile where that is needed."""
+        if self._read_only:
+            return
+        self._running = True
+        self.settler.start()
+        if not self.settler.index_is_complete:
+            self._scanner = threading.Thread(target=self._scan_in_background, name="scan", daemon=True)
+            self._scanner.start()
+
+    def _scan_in_background(self) -> None:
+        try:
+            self.scan(lambda phase, done, total: None)
+        except Stopped:
+            pass
+        except StoreError as error:
+            log.error("%s; the scan goes on after the next start", error)
+        except Exception:
+            log.exception("the scan failed; it goes on after the next start")
+
+    def close(self) -> None:
+        """Stop everything, save what is pending, and leave the store clean if it is."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stopping.set()
+        if self._scanner is not None:
+            self._scanner.join()
+        agrees = True
+        try:
+            self.settler.stop()
+        except StoreError as error:
+            agrees = False
+            log.error("%s; the tree is walked at the next start", error)
+        self._as_caller.close()
+        self.index.close()
+        self.store.withdraw()
+        if agrees and not self.settler.lost_a_batch:
+            self.store.mark_clean()
+        self.store.close()
+        self.backing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def settle(self, progress: Progress) -> dict[str, object]:
+        """Wait until nothing is pending, first scan included."""
+        self.openfiles.wait_until_closed(None, 2.0)
+        before = self.settler.settled
+        while not self._is_idle():
+            progress("settling", self.settler.settled - before, None)
+            if not self._running:
+                self._work_off(progress)
+            elif self.settler.wait_idle(0.5) and self._scanner is not None:
+                self._scanner.join(0.5)
+        return {"settled": self.settler.settled - before}
+
+    def _is_idle(self) -> bool:
+        scanning = self._scanner is not None and self._scanner.is_alive()
+        return not scanning and (self._read_only or self.settler.wait_idle(0))
+
+    def _work_off(self, progress: Progress) -> None:
+        self.settler.work_off(lambda done, left: progress("settling", done, done + left))
+
+    def status(self) -> dict[str, object]:
+        totals = self.index.totals()
+        scanning = self._scan_lock.locked()
+        return {
+            "source": os.fsdecode(self.backing.source),
+            "files": totals.files,
+            "logical_bytes": totals.logical_bytes,
+            "stored_bytes": totals.stored_bytes,
+            "saved_bytes": totals.saved_bytes,
+            "references": totals.references,
+            "shared_files": totals.shared_files,
+            "blobs": totals.contents_shared if self.sharing is self.references else self._count_blobs(),
+            "pending": self.settler.pending(),
+            "scanning": scanning,
+            "share": self.sharing.name,
+            "passthrough": False,
+        }
+
+    def _count_blobs(self) -> int:
+        return sum(1 for _ in self.blobs.list())
+
+    def replace_index(self) -> None:
+        """Begin a new index; a scan fills it. Only before `start`."""
+        self.index.clear()
+        self.settler.index_is_complete = False
+
+    def scan(self, progress: Progress) -> dict[str, object]:
+        """Walk the tree and settle everything that the index does not know as it is. Raises Stopped."""
+
+        def settle() -> None:
+            if self._running:
+                while not self.settler.wait_idle(0.5) and not self._stopping.is_set():
+                    progress("settling", self.settler.settled, self.settler.settled + self.settler.pending())
+            else:
+                self._work_off(progress)
+
+        with self._scan_lock:
+            census = self._reconciler.run(progress, settle=settle, stopping=self._stopping.is_set)
+        return {
+            "files": census.files,
+            "directories": census.directories,
+            "bytes": census.bytes,
+            "looked_at": census.offered,
+            "unreadable_directories": census.unreadable,
+        }
+
+    def duplicates(self, path: bytes | None) -> object:
+        """One group for a path, or all groups. Raises OSError (ENODATA) for a path that has no settled content."""
+        if path is not None:
+            return _as_json(self.answers.group(path))
+        return [_as_json(group) for group in self.answers.groups()]
+
+    def restore(self, paths: list[bytes], progress: Progress) -> dict[str, object]:
+        """Make every reference at or below these paths (all, if none is named) a plain file, content verified by its
+        copy and flushed; what cannot be restored is listed and left as it is."""
+        if not self._running and not self.settler.index_is_complete:
+            self.scan(progress)
+        restored = restored_bytes = 0
+        failed: list[dict[str, str]] = []
+        for path in self._files_below(paths or [b""]):
+            try:
+                is_reference = self.backing.read_reference(path) is not None
+                size_bytes = self.vfs.io.restore(path) if is_reference else None
+            except FileNotFoundError:
+                continue
+            except (OSError, StoreError) as error:
+                failed.append({"path": os.fsdecode(path), "reason": str(error)})
+                continue
+            if size_bytes is not None:
+                restored += 1
+                restored_bytes += size_bytes
+                progress("restoring", restored, None)
+        if not self._running:
+            self._work_off(lambda phase, done, total: None)
+        return {"restored": restored, "bytes": restored_bytes, "failed": failed}
+
+    def _files_below(self, tops: list[bytes]) -> list[bytes]:
+        found: list[bytes] = []
+        for top in tops:
+            try:
+                st = self.backing.lstat(top)
+            except OSError as error:
+                raise SourceError(f"{os.fsdecode(top)}: {error.strerror}") from None
+            if stat.S_ISDIR(st.st_mode):
+                below = walk(self.backing, Census(), self._stopping.is_set, top)
+                found += [path for path, st in below if self.backing.may_be_reference(st)]
+            else:
+                found.append(top)
+        return found
+
+
+def rebuild(source: str, progress: Progress) -> dict[str, object]:
+    """Throw the index away and make it again from the tree. Raises Busy when the store is owned by somebody."""
+    with Engine(source, MountOptions()) as engine:
+        engine.replace_index()
+        return engine.scan(progress)
+
+
+def _nobody(path: bytes) -> None:
+    """Nobody caches anything."""
+
+
+def _as_json(group: Group) -> dict[str, object]:
+    return {
+        "digest": group.content.digest.hex(),
+        "size_bytes": group.size_bytes,
+        "paths": [os.fsdecode(path) for path in group.paths],
+    }
+
+
+def _open_index(backing: Backing, store_uuid: str) -> tuple[Index, bool]:
+    """The index, and whether a new one had to be begun because the old one cannot be used."""
+    directory = b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX)
+    try:
+        return Index(directory, store_uuid), False
+    except IndexDamaged as error:
+        log.warning("%s: beginning a new one; the tree is scanned", error)
+    _set_index_aside(backing)
+    return Index(directory, store_uuid), True
+
+
+def _set_index_aside(backing: Backing) -> None:
+    """Move the index to quarantine/, replacing what was there: it holds nothing that the tree does not."""
+    aside = QUARANTINE + b"/index"
+    with suppress(FileNotFoundError):
+        shutil.rmtree(os.fsdecode(aside), dir_fd=backing.root_fd)
+    with suppress(FileNotFoundError):
+        backing.rename(INDEX, aside)
+    backing.mkdir(INDEX, 0o700)
+
+
+def _sweep_orphans(backing: Backing) -> None:
+    """Files that were unlinked, and open, when the daemon died: nobody can open them any more."""
+    for entry in list(backing.scandir(ORPHANS)):
+        backing.unlink(ORPHANS + b"/" + os.fsencode(entry.name))

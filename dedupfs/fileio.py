@@ -1,0 +1,385 @@
+"""What an app does with a file it has open: read, write, resize, flush, copy, close.
+
+Reads go to where the bytes are, writes always to the inode at the path, which is made to hold the bytes first. All of
+this runs in the threads of FUSE's requests; a file is locked (`OpenInode.lock`) while its content changes, never while
+it is read. No error is raised at release, where nobody would hear it.
+"""
+
+import errno
+import logging
+import os
+import stat
+
+from .backing import Backing
+from .blobs import Blobs
+from .digest import StreamDigest
+from .errors import DamagedContent
+from .index import Index
+from .journal import Referred, Restored
+from .model import SMALLEST_SHARED_BYTES, Caller, ContentKey, FileRecord, FileState, Ino, Stamp
+from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
+from .settle import Settler
+from .sharing import Changed, ReferenceSharing, Settled
+
+log = logging.getLogger(__name__)
+
+_CAPABILITY_XATTR = "security.capability"
+_KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+
+
+class FileIo:
+    """Opens files of the source and does the I/O on them."""
+
+    def __init__(
+        self,
+        backing: Backing,
+        index: Index,
+        blobs: Blobs,
+        openfiles: OpenFiles,
+        gate: Gate,
+        references: ReferenceSharing,
+        settler: Settler,
+        *,
+        copies_refer: bool,
+        noatime: bool = False,
+    ) -> None:
+        """`copies_refer`: a copy of a whole file inside the mount becomes a reference (else the backing filesystem
+        shares extents by itself). `noatime`: reading leaves access times alone."""
+        self._backing, self._index, self._blobs = backing, index, blobs
+        self._openfiles, self._gate = openfiles, gate
+        self._references, self._settler = references, settler
+        self._copies_refer = copies_refer
+        self._quiet_flag = os.O_NOATIME if noatime else 0
+
+    # -- open and close -----------------------------------------------------------------------------------------------
+
+    def open(self, path: bytes, flags: int, caller: Caller) -> Handle:
+        """Open an existing file. Raises OSError, DamagedContent."""
+        if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+            with self._gate.shared():
+                handle = self._register(path, flags)
+            try:
+                with handle.inode.lock:
+                    self._load(handle)
+            except BaseException:
+                self.release(handle)
+                raise
+            return handle
+        while True:
+            key = Key.of(self._backing.lstat(path))
+            with self._openfiles.writing_intent(key):
+                with self._gate.shared():
+                    handle = self._register(path, flags)
+                if handle.inode.key == key:
+                    break
+                self.release(handle)  # another inode came to the path before we had announced ourselves to it
+        try:
+            with handle.inode.lock:
+                self._prepare_for_writing(handle, flags, caller)
+        except BaseException:
+            self.release(handle)
+            raise
+        return handle
+
+    def _register(self, path: bytes, flags: int) -> Handle:
+        access = flags & os.O_ACCMODE
+        writes = access != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        kept = flags & _KEPT_FLAGS
+        if writes and access == os.O_RDONLY:
+            kept |= os.O_RDWR
+        try:
+            fd = self._backing.open(path, kept | self._quiet_flag)
+        except PermissionError:
+            if not self._quiet_flag:
+                raise
+            fd = self._backing.open(path, kept)  # only its owner and root may read a file quietly
+        return self._openfiles.register(
+            Key.of(os.fstat(fd)), fd, writes=writes, appends=writes and bool(flags & os.O_APPEND)
+        )
+
+    def create(self, path: bytes, flags: int, mode: int) -> Handle:
+        """A new file, or (without O_EXCL) whatever came to the path meanwhile. The caller is inside the gate."""
+        kept = flags & _KEPT_FLAGS
+        fd = self._backing.open(path, kept | os.O_CREAT | os.O_EXCL, mode)
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        handle = self._openfiles.register(
+            Key.of(os.fstat(fd)), fd, writes=writes, appends=writes and bool(flags & os.O_APPEND)
+        )
+        handle.inode.loaded = True
+        handle.inode.stream = StreamDigest()
+        # Also a file that stays empty is settled; one that is opened read-only is nobody's to write, and done.
+        handle.inode.dirty = writes
+        handle.inode.privileges_checked = True
+        if not writes:
+            handle.inode.resettle = True
+        return handle
+
+    def _load(self, handle: Handle) -> None:
+        """Find out where the bytes are, once for all handles of an inode. Caller holds the lock."""
+        inode = handle.inode
+        if not inode.loaded:
+            reference = self._references.load(handle.own_fd, os.fstat(handle.own_fd))
+            if reference is None:
+                inode.loaded = True
+            else:
+                inode.become_reference(reference, self._blobs.open(reference.content, reference.size_bytes))
+        inode.direct(handle)
+
+    def _prepare_for_writing(self, handle: Handle, flags: int, caller: Caller) -> None:
+        inode = handle.inode
+        if flags & os.O_TRUNC:
+            self._truncate(inode, handle.own_fd, 0)
+            self._drop_privileges(inode, handle.own_fd, caller)
+            return
+        self._load(handle)
+        self._materialise(inode, handle.own_fd)
+        if inode.stream is None and not os.fstat(handle.own_fd).st_size:
+            inode.stream = StreamDigest()
+
+    def _materialise(self, inode: OpenInode, fd: int, length: int | None = None) -> None:
+        """Caller holds the lock; `fd` is open for writing."""
+        if inode.reference is None:
+            return
+        self._references.materialise(fd, inode.reference, inode.content_fd, length)
+        inode.become_plain()
+        inode.stream = None
+        inode.dirty = True
+
+    def flush(self, handle: Handle) -> None:
+        """An app closed one of its descriptors. Raises what the backing filesystem has to report only then (EIO,
+        EDQUOT on network filesystems)."""
+        handle.inode.flushed = True
+        os.close(os.dup(handle.own_fd))
+
+    def release(self, handle: Handle) -> None:
+        inode = handle.inode
+
+        def settle() -> None:
+            path = self._backing.path_of(handle.own_fd)
+            if path is not None and inode.key.device == self._backing.device:
+                stream, size_bytes = inode.stream, os.fstat(handle.own_fd).st_size
+                self._settler.enqueue(inode.key.ino, path, stream.digest_of(size_bytes) if stream else None)
+
+        self._openfiles.release(handle, settle)
+
+    # -- content ------------------------------------------------------------------------------------------------------
+
+    def read(self, handle: Handle, buffer: memoryview, offset: int) -> int:
+        return os.preadv(handle.read_fd, [buffer], offset)
+
+    def write(self, handle: Handle, data: memoryview, offset: int, caller: Caller, *, cached: bool) -> int:
+        """`cached`: the kernel writes back a page that was changed through mmap; it belongs at `offset` even where the
+        handle appends."""
+        inode, fd = handle.inode, handle.own_fd
+        with inode.lock:
+            self._materialise(inode, fd)
+            self._drop_privileges(inode, fd, caller)
+            inode.dirty, inode.flushed = True, False
+            if handle.appends and not cached:
+                # Another name of the same inode may have made it longer than the kernel thinks.
+                offset = os.fstat(fd).st_size
+            count = os.pwrite(fd, data, offset)
+            if inode.stream is not None:
+                inode.stream.update(data[:count], offset)
+            return count
+
+    def restore(self, path: bytes) -> int | None:
+        """Make a reference a plain file again, compared with its blob, flushed, and not to be shared at once.
+
+        The number of bytes brought back; None when it was no reference. Raises OSError, DamagedContent, with the
+        reference as it was.
+        """
+        key = Key.of(self._backing.lstat(path))
+        with self._openfiles.writing_intent(key), self._gate.shared():
+            handle = self._register(path, os.O_RDWR)
+        try:
+            inode = handle.inode
+            with inode.lock:
+                self._load(handle)
+                reference = inode.reference
+                if reference is None:
+                    return None
+                self._references.materialise(handle.own_fd, reference, inode.content_fd, verify=True)
+                inode.become_plain()
+                self._settler.note(Restored(os.fstat(handle.own_fd), path, reference.content))
+                return reference.size_bytes
+        finally:
+            self.release(handle)
+
+    def truncate(self, handle: Handle, size_bytes: int, caller: Caller) -> None:
+        inode = handle.inode
+        with inode.lock:
+            self._truncate(inode, handle.own_fd, size_bytes)
+            self._drop_privileges(inode, handle.own_fd, caller)
+
+    def truncate_path(self, path: bytes, size_bytes: int, caller: Caller) -> None:
+        """truncate(2): as if opened for it. What need not be copied first is not."""
+        if size_bytes == 0:
+            self.release(self.open(path, os.O_WRONLY | os.O_TRUNC, caller))
+            return
+        key = Key.of(self._backing.lstat(path))
+        while True:
+            with self._openfiles.writing_intent(key), self._gate.shared():
+                handle = self._register(path, os.O_WRONLY)
+            try:
+                if handle.inode.key == key:
+                    with handle.inode.lock:
+                        self._load(handle)
+                        self.truncate(handle, size_bytes, caller)
+                    return
+                key = handle.inode.key
+            finally:
+                self.release(handle)
+
+    def _truncate(self, inode: OpenInode, fd: int, size_bytes: int) -> None:
+        """Caller holds the lock."""
+        inode.dirty, inode.flushed = True, False
+        if size_bytes == 0:
+            reference = inode.reference
+            if reference is not None or self._backing.fread_reference(fd) is not None:
+                self._references.discard(fd)
+                inode.become_plain()
+            else:
+                self._backing.ftruncate(fd, 0)
+            inode.stream = StreamDigest()
+            return
+        if inode.reference is not None and size_bytes < inode.reference.size_bytes:
+            self._materialise(inode, fd, size_bytes)
+        else:
+            self._materialise(inode, fd)
+        self._backing.ftruncate(fd, size_bytes)
+        if inode.stream is not None and size_bytes != inode.stream.length:
+            inode.stream.spoil()
+
+    def fallocate(self, handle: Handle, mode: int, offset: int, length: int, caller: Caller) -> None:
+        inode = handle.inode
+        with inode.lock:
+            self._materialise(inode, handle.own_fd)
+            self._drop_privileges(inode, handle.own_fd, caller)
+            inode.dirty, inode.flushed = True, False
+            if inode.stream is not None and (mode or inode.stream.length):
+                inode.stream.spoil()
+            self._backing.fallocate(handle.own_fd, mode, offset, length)
+
+    def seek(self, handle: Handle, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE."""
+        return os.lseek(handle.read_fd, offset, whence)
+
+    def fsync(self, handle: Handle, *, data_only: bool) -> None:
+        """Make durable what the handle shows: of a reference, its blob, itself, and that it is at its path."""
+        inode = handle.inode
+        if inode.reference is not None:
+            self._backing.fsync(handle.read_fd)
+            self._backing.fsync(handle.own_fd)
+            path = self._backing.path_of(handle.own_fd)
+            if path is not None:
+                self._backing.fsync_directory(os.path.dirname(path))
+        elif data_only:
+            os.fdatasync(handle.own_fd)
+        else:
+            self._backing.fsync(handle.own_fd)
+
+    def _drop_privileges(self, inode: OpenInode, fd: int, caller: Caller) -> None:
+        """Clear what a write by an ordinary user must: the set-id bits, and file capabilities. Caller holds the lock.
+
+        The kernel leaves it to us (FUSE_HANDLE_KILLPRIV_V2), which spares it a question before every write.
+        """
+        if inode.privileges_checked:
+            return
+        inode.privileges_checked = True
+        try:
+            os.removexattr(fd, _CAPABILITY_XATTR)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if caller.uid == 0 or not mode & (stat.S_ISUID | stat.S_ISGID):
+            # Root keeps the bits; but the next who writes may not be root.
+            inode.privileges_checked = not mode & (stat.S_ISUID | stat.S_ISGID)
+            return
+        cleared = mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            cleared &= ~stat.S_ISGID
+        os.fchmod(fd, cleared)
+
+    # -- copying inside the mount -------------------------------------------------------------------------------------
+
+    def copy_range(
+        self, source: Handle, source_offset: int, target: Handle, target_offset: int, length: int, caller: Caller
+    ) -> int:
+        """copy_file_range(2). A settled file copied whole into an empty one becomes one more reference."""
+        if self._copies_refer and not source_offset and not target_offset:
+            count = self._copy_as_reference(source, target, length)
+            if count:
+                return count
+        inode = target.inode
+        with inode.lock:
+            self._materialise(inode, target.own_fd)
+            self._drop_privileges(inode, target.own_fd, caller)
+            inode.dirty, inode.flushed, inode.stream = True, False, None
+            return os.copy_file_range(source.read_fd, target.own_fd, length, source_offset, target_offset)
+
+    def _copy_as_reference(self, source: Handle, target: Handle, length: int) -> int:
+        """The number of bytes copied, 0 where it cannot be done this way."""
+        inode = target.inode
+        st = os.fstat(target.own_fd)
+        size_bytes = os.fstat(source.own_fd).st_size
+        if (
+            st.st_size
+            or st.st_nlink != 1
+            or st.st_dev != self._backing.device
+            or inode.writers != 1
+            or not SMALLEST_SHARED_BYTES <= size_bytes <= length
+            or source.inode is inode
+        ):
+            return 0
+        content = self._content_of(source)
+        if content is None:
+            return 0
+        with self._gate.shared():  # keeps the blob from being removed as the last reference to it goes
+            try:
+                blob_fd = self._blobs.open(content, size_bytes)
+            except (DamagedContent, OSError):
+                return 0
+            with inode.lock:
+                if os.fstat(target.own_fd).st_size or inode.reference is not None:
+                    os.close(blob_fd)
+                    return 0
+                reference = self._references.refer_in_place(target.own_fd, content, size_bytes)
+                inode.become_reference(reference, blob_fd)
+                inode.dirty, inode.stream = True, None
+            path = self._backing.path_of(target.own_fd)
+            if path is not None:
+                self._settler.note(Referred(os.fstat(target.own_fd), path, content))
+        return size_bytes
+
+    def _content_of(self, source: Handle) -> ContentKey | None:
+        """The content with a blob that an open file stands for; a settled plain file is made one."""
+        inode = source.inode
+        if inode.reference is not None:
+            return None if inode.reference.materialising else inode.reference.content
+        record = self._index.file(inode.key.ino)
+        st = os.fstat(source.own_fd)
+        path = self._backing.path_of(source.own_fd)
+        if not self._may_publish(record, st, inode.key) or record is None or path is None:
+            return None
+        try:
+            with self._openfiles.watch(inode.key) as watch:
+                file = Settled(path, source.own_fd, record.stamp, inode.key, watch)
+                new = self._references.publish(file, record.content, durable=False)
+        except (InUse, GivenUp, Changed, OSError) as error:
+            log.debug("cannot publish %s for a copy: %s", os.fsdecode(path), error)
+            return None
+        self._settler.note(Referred(new, path, record.content, replaced=Ino(st.st_ino)))
+        return record.content
+
+    def _may_publish(self, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:
+        return (
+            record is not None
+            and record.state is FileState.PLAIN
+            and record.stamp == Stamp.of(st)
+            and st.st_nlink == 1
+            and key.device == self._backing.device
+            and not self._blobs.usable(record.content)
+            and not self._settler.is_pending(key.ino)
+        )

@@ -1,0 +1,245 @@
+"""Is the store in order? One check per invariant, each a function that yields what it found; repair is a second step.
+
+Works on a store that nobody owns. Without `repair` nothing of the archive or the index is changed. With it, what can be
+put right without a guess is put right: leftovers are swept, abandoned copies undone, blobs sealed, blobs that no
+reference names removed (only after the whole tree could be read), missing ones replaced by a plain file of that very
+content, and the index brought in line. What would need a guess is only told: which of two contents of a file is the
+wanted one is a person's to say.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from .backing import Backing
+from .blobs import SEALED_MODE, Blobs
+from .config import MountOptions, Share
+from .engine import Engine
+from .errors import IndexDamaged, StoreError
+from .index import Index, recompute
+from .model import ContentKey, FileState, Ino, Reference, Stamp
+from .reconcile import Census, Progress, walk
+from .sharing import abandon
+from .store import BLOBS, INDEX, ORPHANS, STAGING, Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Finding:
+    """One violated invariant. `repair` puts it right, and raises OSError or StoreError when it cannot."""
+
+    check: str
+    path: bytes
+    problem: str
+    repair: Callable[[], None] | None = None
+    repaired: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 clean, 1 all repaired, 2 something left."""
+        if not self.findings:
+            return 0
+        return 1 if all(finding.repaired for finding in self.findings) else 2
+
+
+@dataclass(slots=True)
+class _Tree:
+    """What one walk saw: every reference, and every other file's stamp by inode."""
+
+    references: dict[bytes, Reference] = field(default_factory=dict)
+    stats: dict[bytes, os.stat_result] = field(default_factory=dict)
+    by_content: dict[ContentKey, list[bytes]] = field(default_factory=dict)
+    complete: bool = True
+
+
+def fsck(source: str, *, repair: bool, progress: Progress) -> Report:
+    """Check the store of `source`. Raises Busy when it is in use, and what `Store` raises."""
+    backing = Backing(source)
+    report = Report()
+    index_findings: list[Finding] = []
+    with Store(backing) as store:
+        tree = _Tree()
+        report.findings += _read_tree(backing, tree, progress)
+        blobs = Blobs(backing)
+        index = None
+        try:
+            index = Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.uuid)
+            index_findings += _check_index(index, tree, backing, was_clean=store.was_clean)
+        except IndexDamaged as error:
+            index_findings.append(Finding("index", INDEX, str(error)))
+        for check in (check_leftovers, check_references, check_blobs):
+            report.findings += check(backing, blobs, tree, index)
+        if repair:
+            _repair(report.findings)
+        if index is not None:
+            index.close()
+        if store.was_clean and (not repair or not report.findings):
+            store.mark_clean()
+    backing.close()
+    report.findings += index_findings
+    if repair and report.findings:
+        _repair_index(source, index_findings, progress)
+    return report
+
+
+def _repair(findings: list[Finding]) -> None:
+    for finding in findings:
+        if finding.repair is None:
+            continue
+        try:
+            finding.repair()
+            finding.repaired = True
+        except (OSError, StoreError) as error:
+            finding.problem += f" (repair failed: {error})"
+
+
+def _repair_index(source: str, findings: list[Finding], progress: Progress) -> None:
+    """A walk corrects what is stale; a new index what is wrong."""
+    from_scratch = any(finding.check in ("index", "counters") for finding in findings)
+    with Engine(source, MountOptions(share=Share.REFERENCE)) as engine:
+        if from_scratch:
+            engine.replace_index()
+        engine.scan(progress)
+    for finding in findings:
+        finding.repaired = True
+
+
+def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Finding]:
+    census = Census()
+    for path, st in walk(backing, census, lambda: False):
+        tree.stats[path] = st
+        census.files += 1
+        if not census.files % 1000:
+            progress("checking", census.files, None)
+        try:
+            reference = backing.read_reference(path)
+        except StoreError as error:
+            yield Finding("reference-record", path, str(error))
+            continue
+        except OSError as error:
+            tree.complete = False
+            yield Finding("readable", path, error.strerror or str(error))
+            continue
+        if reference is not None:
+            tree.references[path] = reference
+            tree.by_content.setdefault(reference.content, []).append(path)
+    if census.unreadable:
+        tree.complete = False
+        yield Finding("readable", b"", f"{census.unreadable} directories cannot be listed")
+
+
+def check_leftovers(backing: Backing, blobs: Blobs, tree: _Tree, index: Index | None) -> Iterator[Finding]:
+    """staging/ and orphans/ are empty while nobody works."""
+    for directory in (STAGING, ORPHANS):
+        for entry in backing.scandir(directory):
+            # Opening the store sweeps both; that is what the repair of the index does.
+            path = directory + b"/" + os.fsencode(entry.name)
+            yield Finding("leftovers", path, "left by a crash; swept at the next start", lambda: None)
+
+
+def check_references(backing: Backing, blobs: Blobs, tree: _Tree, index: Index | None) -> Iterator[Finding]:
+    """A reference has its size and no bytes of its own, and its blob exists with that size."""
+    for path, reference in tree.references.items():
+        st = tree.stats[path]
+        if not st.st_size:
+            yield Finding("empty-reference", path, "an empty file with a reference record", _forget(backing, path))
+            continue
+        if reference.materialising:
+            repair = _abandon(backing, path, reference)
+            yield Finding("materialising", path, "a copy from its blob was not finished", repair)
+        elif st.st_size != reference.size_bytes or _has_data(backing, path, st):
+            yield Finding(
+                "foreign-write",
+                path,
+                f"a reference was written to from outside dedupfs; its blob is {Blobs.path(reference.content)!r}",
+            )
+        blob = blobs.stat(reference.content)
+        if blob is None or blob.st_size != reference.size_bytes:
+            fault = "is missing" if blob is None else f"has {blob.st_size} bytes instead of {reference.size_bytes}"
+            yield Finding("reference-blob", path, f"blob {reference.content.name} {fault}")
+
+
+def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree, index: Index | None) -> Iterator[Finding]:
+    """A blob is sealed, nobody's file, and referred to."""
+    for content, st in blobs.list():
+        path = Blobs.path(content)
+        if st.st_nlink != 1:
+            yield Finding("blob-links", path, f"has {st.st_nlink} links: a file outside can change it")
+        if content not in tree.by_content:
+            repair = partial(blobs.remove, content) if tree.complete else None
+            yield Finding("unreferenced-blob", path, "no reference names it", repair)
+        elif stat.S_IMODE(st.st_mode) != SEALED_MODE or (backing.privileged and st.st_uid):
+            yield Finding("sealed", path, "is not sealed", partial(blobs.seal, content))
+    for directory in backing.scandir(BLOBS):
+        if not directory.is_dir(follow_symlinks=False):
+            yield Finding("blob-names", BLOBS + b"/" + os.fsencode(directory.name), "is no blob")
+
+
+def _check_index(index: Index, tree: _Tree, backing: Backing, *, was_clean: bool) -> Iterator[Finding]:
+    """After a clean stop every record agrees with its file, every file has one, and the counters are their sums."""
+    if not was_clean:
+        yield Finding("clean", INDEX, "the store was not stopped cleanly; it is reconciled at the next mount")
+        return
+    totals, counted = index.totals(), recompute(index)
+    if totals != counted:
+        yield Finding("counters", INDEX, f"counters say {totals}, the records {counted}")
+    pending = {ino for ino, _ in index.load_queue()}
+    seen: set[Ino] = set()
+    for path, st in tree.stats.items():
+        ino = Ino(st.st_ino)
+        seen.add(ino)
+        record = index.file(ino)
+        if record is None or ino in pending:
+            if path in tree.references and record is None:
+                yield Finding("index-reference", path, "a reference that the index does not know")
+            continue
+        reference = tree.references.get(path)
+        if record.stamp != Stamp.of(st):
+            yield Finding("index-stamp", path, "changed since it was settled, by something other than a mount")
+        elif (record.state is FileState.REFERENCE) != (reference is not None and bool(st.st_size)):
+            yield Finding("index-state", path, f"recorded as {record.state.word}, which it is not")
+        elif reference is not None and record.content != reference.content:
+            yield Finding("index-content", path, "recorded with another content than its reference names")
+        if path not in index.paths(ino, backing.root_ino):
+            yield Finding("index-path", path, "is not recorded under this path")
+    after = Ino(-1)
+    while chunk := index.all_files(after, 1000):
+        for ino, _ in chunk:
+            if ino not in seen and index.is_complete():
+                paths = index.paths(ino, backing.root_ino)
+                yield Finding("index-file", paths[0] if paths else b"", f"inode {ino} is recorded, and gone")
+        after = chunk[-1][0]
+
+
+def _has_data(backing: Backing, path: bytes, st: os.stat_result) -> bool:
+    if not st.st_blocks:
+        return False
+    fd = backing.open_quietly(path)
+    try:
+        return backing.has_data(fd)
+    finally:
+        os.close(fd)
+
+
+def _forget(backing: Backing, path: bytes) -> Callable[[], None]:
+    return lambda: backing.removexattr(path, backing.reference_xattr)
+
+
+def _abandon(backing: Backing, path: bytes, reference: Reference) -> Callable[[], None]:
+    def repair() -> None:
+        fd = backing.open(path, os.O_RDWR)
+        try:
+            abandon(backing, fd, reference)
+        finally:
+            os.close(fd)
+
+    return repair

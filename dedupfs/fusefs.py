@@ -1,0 +1,430 @@
+"""The adapter between libfuse and `vfs`: raw requests in, calls and errnos out. The only module that knows the binding.
+
+mfusepy's own libfuse 3 handlers drop arguments that POSIX needs (flags of rename, the file handle of chmod, UTIME_OMIT)
+and it has none for some calls, so this subclass takes the raw callbacks. Paths are bytes throughout. libfuse calls from
+threads of its own, many at once; a callback must not raise.
+
+What the kernel caches it is told to forget here: libfuse's high-level API knows each name of a hard link as another
+file, so that whoever changes an inode through one name invalidates the others.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+from .errors import DedupfsError, SourceError, Unavailable
+from .model import Caller
+from .openfiles import Handle, Key
+from .vfs import Vfs
+
+log = logging.getLogger(__name__)
+
+
+def _choose_libfuse() -> None:
+    """mfusepy loads libfuse as it is imported, and libfuse 2 where it finds both: name version 3 before it does."""
+    if os.environ.get("FUSE_LIBRARY_PATH"):
+        return
+    for name in ("libfuse3.so.4", "libfuse3.so.3"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        os.environ["FUSE_LIBRARY_PATH"] = name
+        return
+    raise Unavailable("libfuse 3 is not installed; install the package libfuse3-3 (or fuse3) of your distribution")
+
+
+_choose_libfuse()
+try:
+    import mfusepy as fuse
+except (OSError, AttributeError) as error:
+    raise Unavailable(f"libfuse cannot be used: {error}") from None
+
+# Struct layouts changed within libfuse 3; these are the versions whose layout mfusepy declares and we have run.
+_OLDEST, _NEWEST = (3, 10), (3, 18)
+
+_CAP_DONT_MASK = 1 << 6
+_CAP_READDIRPLUS = 1 << 13
+_CAP_POSIX_ACL = 1 << 19
+_CAP_HANDLE_KILLPRIV_V2 = 1 << 21
+
+_FILL_DIR_PLUS = 2
+_READDIR_PLUS = 1
+_KEPT = 0xFFFFFFFF  # chown's -1
+
+# The mount is the only way in, and what changes otherwise is invalidated.
+_CACHE_S = 30.0
+
+_MAX_WRITE_BYTES = 1 << 20
+
+_CALLBACKS = ["getattr", "readlink", "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "chmod", "chown", "truncate", "open", "read", "write", "statfs", "flush", "release", "fsync", "setxattr", "getxattr", "listxattr", "removexattr", "opendir", "readdir", "releasedir", "fsyncdir", "init", "create", "utimens", "fallocate", "copy_file_range", "lseek"]
+
+# Drops what the kernel has cached of a path.
+Invalidate = Callable[[bytes], None]
+
+_libfuse = fuse._libfuse
+_libfuse.fuse_invalidate_path.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+
+
+def _caller() -> Caller:
+    context = _libfuse.fuse_get_context().contents
+    return Caller(context.uid, context.gid, context.pid, context.umask)
+
+
+def _relative(path: bytes) -> bytes:
+    return path[1:]
+
+
+def _fill(target: Any, st: os.stat_result, blocks: int) -> None:
+    target.st_ino = st.st_ino
+    target.st_mode = st.st_mode
+    target.st_nlink = st.st_nlink
+    target.st_uid = st.st_uid
+    target.st_gid = st.st_gid
+    target.st_rdev = st.st_rdev
+    target.st_size = st.st_size
+    target.st_blksize = st.st_blksize
+    target.st_blocks = blocks
+    for field, ns in (
+        (target.st_atimespec, st.st_atime_ns),
+        (target.st_mtimespec, st.st_mtime_ns),
+        (target.st_ctimespec, st.st_ctime_ns),
+    ):
+        field.tv_sec, field.tv_nsec = divmod(ns, 10**9)
+
+
+class _OtherNames:
+    """The names of hard-linked files that the kernel may have cached attributes under."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: dict[Key, set[bytes]] = {}
+
+    def seen(self, st: os.stat_result, path: bytes) -> None:
+        with self._lock:
+            self._names.setdefault(Key.of(st), set()).add(path)
+
+    def of(self, st: os.stat_result, path: bytes | None) -> list[bytes]:
+        with self._lock:
+            return [name for name in self._names.get(Key.of(st), ()) if name != path]
+
+    def gone(self, st: os.stat_result, path: bytes) -> None:
+        with self._lock:
+            names = self._names.get(Key.of(st))
+            if names is not None:
+                names.discard(path)
+                if not names:
+                    del self._names[Key.of(st)]
+
+    def moved(self, old: bytes, new: bytes) -> None:
+        """A file or directory was renamed."""
+        with self._lock:
+            for names in self._names.values():
+                for name in [name for name in names if name == old or name.startswith(old + b"/")]:
+                    names.discard(name)
+                    names.add(new + name[len(old) :])
+
+
+class _Adapter(fuse.FUSE):  # type: ignore[misc]
+    """One mount. Constructing it serves until it is unmounted; every method but `__init__` is a callback."""
+
+    def __init__(
+        self, vfs: Vfs, mountpoint: str, options: list[str], fsname: str, on_ready: Callable[[Invalidate], None]
+    ) -> None:
+        self._vfs, self._io = vfs, vfs.io
+        self._on_ready = on_ready
+        self._fuse: int | None = None
+        self._names = _OtherNames()
+        self._handles: dict[int, Handle] = {}
+        words: dict[str, object] = {"fsname": fsname.replace("\\", "\\\\").replace(",", "\\,")}
+        for option in options:
+            key, _, value = option.partition("=")
+            words[key] = value or True
+        callbacks = SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True))
+        super().__init__(callbacks, mountpoint, foreground=True, **words)
+
+    def _wrapper(self, func: Callable[..., int | None], *args: object) -> int:
+        try:
+            return func(*args) or 0
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        except DedupfsError as error:
+            log.error("%s %s: %s", func.__name__, args[0], error)
+            return -error.errno
+        except Exception:
+            log.exception("%s failed", func.__name__)
+            return -errno.EIO
+        except BaseException:
+            log.exception("%s was interrupted", func.__name__)
+            return -errno.EINTR
+
+    # -- mounting -----------------------------------------------------------------------------------------------------
+
+    def init_fuse_3(self, connection: Any, config: Any) -> None:
+        conn, conf = connection.contents, config.contents
+        for wanted in (_CAP_READDIRPLUS, _CAP_POSIX_ACL, _CAP_DONT_MASK, _CAP_HANDLE_KILLPRIV_V2):
+            conn.want |= conn.capable & wanted
+        conn.max_write = _MAX_WRITE_BYTES
+        conf.use_ino = 1
+        conf.nullpath_ok = 1
+        conf.hard_remove = 0
+        conf.entry_timeout = conf.attr_timeout = _CACHE_S
+        conf.negative_timeout = 0.0
+        os.umask(0)
+        self._fuse = _libfuse.fuse_get_context().contents.fuse
+        self._on_ready(self.invalidate)
+
+    def invalidate(self, path: bytes) -> None:
+        """Let the kernel forget attributes and pages of a path. Not from a request that holds pages of it."""
+        if self._fuse is not None:
+            _libfuse.fuse_invalidate_path(self._fuse, b"/" + path)
+
+    def _invalidate_others(self, st: os.stat_result, path: bytes | None) -> None:
+        if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+            for name in self._names.of(st, path):
+                self.invalidate(name)
+
+    def _handle(self, fip: Any) -> Handle | None:
+        return self._handles.get(fip.contents.fh) if fip else None
+
+    def _changed(self, path: bytes | None, handle: Handle | None) -> None:
+        """Attributes of an inode changed: its other names must show that."""
+        with suppress(OSError):
+            st = os.fstat(handle.own_fd) if handle is not None else self._vfs.getattr(_relative(path or b"/"))[0]
+            self._invalidate_others(st, _relative(path) if path else None)
+
+    # -- names --------------------------------------------------------------------------------------------------------
+
+    def getattr_fuse_3(self, path: bytes | None, buffer: Any, fip: Any) -> int:
+        handle = self._handle(fip)
+        if handle is not None:
+            st, blocks = self._vfs.getattr_open(handle)
+        elif path is None:
+            return -errno.ESTALE
+        else:
+            relative = _relative(path)
+            st, blocks = self._vfs.getattr(relative)
+            if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+                self._names.seen(st, relative)
+        _fill(buffer.contents, st, blocks)
+        return 0
+
+    def readlink(self, path: bytes, buffer: Any, size: int) -> int:
+        target = self._vfs.readlink(_relative(path))[: size - 1] + b"\0"
+        ctypes.memmove(buffer, target, len(target))
+        return 0
+
+    def mknod(self, path: bytes, mode: int, device: int) -> None:
+        self._vfs.mknod(_relative(path), mode, device, _caller())
+
+    def mkdir(self, path: bytes, mode: int) -> None:
+        self._vfs.mkdir(_relative(path), mode, _caller())
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        self._vfs.symlink(target, _relative(path), _caller())
+
+    def unlink(self, path: bytes) -> None:
+        relative = _relative(path)
+        st = self._vfs.unlink(relative)
+        self._names.gone(st, relative)
+        self._invalidate_others(st, relative)
+
+    def rmdir(self, path: bytes) -> None:
+        self._vfs.rmdir(_relative(path))
+
+    def link(self, path: bytes, new: bytes) -> None:
+        old, relative = _relative(path), _relative(new)
+        st = self._vfs.link(old, relative)
+        self._names.seen(st, old)
+        self._names.seen(st, relative)
+        self._invalidate_others(st, relative)
+
+    def rename_fuse_3(self, path: bytes, new: bytes, flags: int) -> None:
+        old, relative = _relative(path), _relative(new)
+        st, replaced = self._vfs.rename(old, relative, flags)
+        if flags & 2:
+            self._names.moved(old, b"\0")
+            self._names.moved(relative, old)
+            self._names.moved(b"\0", relative)
+        else:
+            if replaced is not None:
+                self._names.gone(replaced, relative)
+            self._names.moved(old, relative)
+        if replaced is not None:
+            self._invalidate_others(replaced, relative)
+        self._invalidate_others(st, relative)
+
+    def opendir(self, path: bytes, fip: Any) -> None:
+        fip.contents.fh = self._vfs.opendir(_relative(path))
+
+    def readdir_fuse_3(self, path: bytes | None, buffer: Any, filler: Any, offset: int, fip: Any, flags: int) -> int:
+        st = fuse.c_stat()
+        for name in (b".", b".."):
+            filler(buffer, name, None, 0, 0)
+        plus = bool(flags & _READDIR_PLUS)
+        for entry in self._vfs.readdir(fip.contents.fh, attributes=plus):
+            if entry.attributes is not None:
+                found, blocks = entry.attributes
+                # What is told of the names of a hard link goes stale: let the kernel look each of them up.
+                whole = stat.S_ISDIR(found.st_mode) or found.st_nlink == 1
+                _fill(st, found, blocks)
+                filler(buffer, entry.name, st, 0, _FILL_DIR_PLUS if whole else 0)
+            else:
+                st.st_ino, st.st_mode = entry.ino, entry.type_bits
+                filler(buffer, entry.name, st, 0, 0)
+        return 0
+
+    def releasedir(self, path: bytes | None, fip: Any) -> None:
+        os.close(fip.contents.fh)
+
+    def fsyncdir(self, path: bytes | None, data_only: int, fip: Any) -> None:
+        os.fsync(fip.contents.fh)
+
+    def statfs(self, path: bytes, buffer: Any) -> None:
+        found, target = self._vfs.statfs(), buffer.contents
+        for field in ["f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"]:
+            setattr(target, field, getattr(found, field))
+
+    # -- attributes ---------------------------------------------------------------------------------------------------
+
+    def _target(self, path: bytes | None, fip: Any) -> tuple[bytes | None, Handle | None]:
+        handle = self._handle(fip)
+        if handle is None and path is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return (None if path is None else _relative(path)), handle
+
+    def chmod_fuse_3(self, path: bytes | None, mode: int, fip: Any) -> None:
+        relative, handle = self._target(path, fip)
+        self._vfs.chmod(relative, handle, mode & 0o7777)
+        self._changed(path, handle)
+
+    def chown_fuse_3(self, path: bytes | None, uid: int, gid: int, fip: Any) -> None:
+        relative, handle = self._target(path, fip)
+        self._vfs.chown(relative, handle, -1 if uid == _KEPT else uid, -1 if gid == _KEPT else gid)
+        self._changed(path, handle)
+
+    def utimens_fuse_3(self, path: bytes | None, times: Any, fip: Any) -> None:
+        relative, handle = self._target(path, fip)
+        self._vfs.utimens(relative, handle, ctypes.cast(times, ctypes.c_void_p).value)
+        self._changed(path, handle)
+
+    def truncate_fuse_3(self, path: bytes | None, size_bytes: int, fip: Any) -> None:
+        relative, handle = self._target(path, fip)
+        self._vfs.truncate(relative, handle, size_bytes, _caller())
+        self._changed(path, handle)
+
+    def setxattr(self, path: bytes, name: bytes, value: Any, size: int, flags: int) -> None:
+        self._vfs.setxattr(_relative(path), name, ctypes.string_at(value, size), flags)
+        self._changed(path, None)
+
+    def getxattr(self, path: bytes, name: bytes, value: Any, size: int) -> int:
+        return _answer(self._vfs.getxattr(_relative(path), name, _caller()), value, size)
+
+    def listxattr(self, path: bytes, names: Any, size: int) -> int:
+        return _answer(b"".join(name + b"\0" for name in self._vfs.listxattr(_relative(path))), names, size)
+
+    def removexattr(self, path: bytes, name: bytes) -> None:
+        self._vfs.removexattr(_relative(path), name)
+        self._changed(path, None)
+
+    # -- content ------------------------------------------------------------------------------------------------------
+
+    def open(self, path: bytes, fip: Any) -> None:
+        fi = fip.contents
+        self._enter(fi, self._vfs.open(_relative(path), fi.flags, _caller()))
+
+    def create(self, path: bytes, mode: int, fip: Any) -> None:
+        fi = fip.contents
+        self._enter(fi, self._vfs.create(_relative(path), fi.flags, mode, _caller()))
+
+    def _enter(self, fi: Any, handle: Handle) -> None:
+        # The pages that the kernel has are right, unless another name of the inode was written through.
+        fi.keep_cache = int(os.fstat(handle.own_fd).st_nlink == 1)
+        fi.fh = id(handle)
+        self._handles[id(handle)] = handle
+
+    def read(self, path: bytes | None, buffer: Any, size: int, offset: int, fip: Any) -> int:
+        view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buffer.contents))).cast("B")
+        return self._io.read(self._handles[fip.contents.fh], view, offset)
+
+    def write(self, path: bytes | None, buffer: Any, size: int, offset: int, fip: Any) -> int:
+        fi = fip.contents
+        view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buffer.contents))).cast("B")
+        return self._io.write(self._handles[fi.fh], view, offset, _caller(), cached=bool(fi.writepage))
+
+    def flush(self, path: bytes | None, fip: Any) -> None:
+        handle = self._handles[fip.contents.fh]
+        self._io.flush(handle)
+        if handle.writes:
+            self._changed(path, handle)
+
+    def release(self, path: bytes | None, fip: Any) -> None:
+        self._io.release(self._handles.pop(fip.contents.fh))
+
+    def fsync(self, path: bytes | None, data_only: int, fip: Any) -> None:
+        self._io.fsync(self._handles[fip.contents.fh], data_only=bool(data_only))
+
+    def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, fip: Any) -> None:
+        self._io.fallocate(self._handles[fip.contents.fh], mode, offset, length, _caller())
+
+    def lseek(self, path: bytes | None, offset: int, whence: int, fip: Any) -> int:
+        return self._io.seek(self._handles[fip.contents.fh], offset, whence)
+
+    def copy_file_range(
+        self,
+        path_in: bytes | None,
+        fip_in: Any,
+        offset_in: int,
+        path_out: bytes | None,
+        fip_out: Any,
+        offset_out: int,
+        size: int,
+        flags: int,
+    ) -> int:
+        source, target = self._handles[fip_in.contents.fh], self._handles[fip_out.contents.fh]
+        return self._io.copy_range(source, offset_in, target, offset_out, size, _caller())
+
+
+def _answer(value: bytes, buffer: Any, size: int) -> int:
+    """Give an xattr's value as getxattr(2) does: its length when that is asked, ERANGE when it does not fit."""
+    if not size:
+        return len(value)
+    if len(value) > size:
+        return -errno.ERANGE
+    ctypes.memmove(buffer, value, len(value))
+    return len(value)
+
+
+def serve(
+    vfs: Vfs,
+    mountpoint: str,
+    options: list[str],
+    *,
+    fsname: str,
+    on_ready: Callable[[Invalidate], None],
+) -> None:
+    """Mount, and serve until unmounted. `on_ready` is called from FUSE's init, with what drops the kernel's cache of a
+    path. Raises Unavailable for a libfuse we do not know, SourceError when mounting fails."""
+    version = (fuse.fuse_version_major, fuse.fuse_version_minor)
+    if not _OLDEST <= version <= _NEWEST:
+        known = f"{_OLDEST[0]}.{_OLDEST[1]} to {_NEWEST[0]}.{_NEWEST[1]}"
+        raise Unavailable(f"libfuse {version[0]}.{version[1]} was never tried with dedupfs; install one of {known}")
+    ready = threading.Event()
+
+    def announce(invalidate: Invalidate) -> None:
+        ready.set()
+        on_ready(invalidate)
+
+    try:
+        _Adapter(vfs, mountpoint, options, fsname, announce)
+    except RuntimeError as error:
+        if not ready.is_set():
+            raise SourceError(f"cannot mount at {mountpoint} (libfuse says {error}); see the lines above") from None
+        log.error("libfuse ended with %s", error)

@@ -1,0 +1,440 @@
+"""The index: what is known about the tree, in LMDB. It holds no truth; deleting it costs time and nothing else.
+
+Only this module imports lmdb; `codec` makes the bytes. The tables (d: dupsort, several values a key):
+
+    table      key               value             says
+    meta       b"version"        b"1"              schema version; another one is refused
+    meta       b"store"          uuid              the store this index describes; another one's is not used
+    meta       b"complete"       b"1"              a walk of the whole tree has finished
+    meta       b"count.*"        counter           sums, see `_COUNTERS`; fsck recomputes them
+    files      inode             FileRecord        the settled state of a regular file
+    links    d inode             directory, name   each name of a regular file
+    dirs       inode             directory, name   the one name of a directory: paths are found by walking up
+    holders  d digest+collision  inode             every settled inode with this content
+    sharers  d digest+collision  inode             those of them that are references or share extents
+    queue      sequence          inode, path       pending work, written at a clean stop
+
+Sharing is never recorded before it is done, and never unrecorded before it is undone: a record that is missing costs a
+look at the file, a record too many is found wrong when it is looked at.
+
+One thread at a time writes, through a `Batch`: changes gather in memory, readable at once by their owner, and go to
+LMDB in one transaction. No file is read and nothing hashed while a write transaction is open.
+"""
+
+from __future__ import annotations  # lmdb's classes are generic for the type checker only
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import lmdb
+
+from . import codec
+from .errors import IndexDamaged, StoreError, UnknownFormat
+from .model import ContentKey, FileRecord, FileState, Ino, Link, Totals
+
+SCHEMA_VERSION = b"1"
+
+# Sparse, and never grown: enlarging a map while transactions are open is what crashes. About 400 bytes a file are used.
+_MAP_BYTES = 64 << 30
+_COUNTERS = ("files", "logical", "plain", "references", "shared", "contents", "contents_bytes")
+_LONGEST_PATH = 1 << 16
+
+
+class Index:
+    """An open index. Reading is for any thread; at most one `Batch` exists at a time."""
+
+    def __init__(self, directory: str | bytes, store_uuid: str) -> None:
+        """Open or create. Raises IndexDamaged when it cannot be used as it is, UnknownFormat when it is newer."""
+        try:
+            self._env = lmdb.open(
+                os.fsdecode(directory),
+                map_size=_MAP_BYTES,
+                max_dbs=8,
+                max_readers=512,
+                mode=0o600,
+                writemap=False,
+                readahead=False,
+            )
+            names = (("meta", 0), ("files", 0), ("links", 1), ("dirs", 0), ("holders", 1), ("sharers", 1), ("queue", 0))
+            tables = {name: self._env.open_db(name.encode(), dupsort=bool(dup)) for name, dup in names}
+        except lmdb.Error as error:
+            raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
+        self._meta, self._files, self._links = tables["meta"], tables["files"], tables["links"]
+        self._dirs, self._holders, self._sharers = tables["dirs"], tables["holders"], tables["sharers"]
+        self._queue = tables["queue"]
+        try:
+            self._check_identity(store_uuid.encode())
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _check_identity(self, store_uuid: bytes) -> None:
+        with self._write() as txn:
+            version = txn.get(b"version", db=self._meta)
+            if version is None:
+                txn.put(b"version", SCHEMA_VERSION, db=self._meta)
+                txn.put(b"store", store_uuid, db=self._meta)
+                return
+            owner = txn.get(b"store", db=self._meta)
+        if version != SCHEMA_VERSION:
+            raise UnknownFormat(
+                f"the index has schema {version!r}, this dedupfs knows {SCHEMA_VERSION!r}; use a newer one"
+            )
+        if owner != store_uuid:
+            raise IndexDamaged("the index describes another store; run dedupfs rebuild")
+
+    def close(self) -> None:
+        self._env.sync(True)
+        self._env.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _read(self) -> Iterator[lmdb.Transaction[bytes]]:
+        try:
+            with self._env.begin() as txn:
+                yield txn
+        except (lmdb.Error, StoreError) as error:
+            raise IndexDamaged(f"the index cannot be read ({error}); run dedupfs rebuild") from None
+
+    @contextmanager
+    def _write(self) -> Iterator[lmdb.Transaction[bytes]]:
+        try:
+            with self._env.begin(write=True) as txn:
+                yield txn
+        except (lmdb.Error, StoreError) as error:
+            raise IndexDamaged(f"the index cannot be written ({error})") from None
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def file(self, ino: Ino) -> FileRecord | None:
+        with self._read() as txn:
+            value = txn.get(codec.encode_ino(ino), db=self._files)
+            return None if value is None else codec.decode_file(value)
+
+    def holders(self, content: ContentKey) -> list[Ino]:
+        """Settled inodes with this content."""
+        return self._inodes(self._holders, content)
+
+    def sharers(self, content: ContentKey) -> list[Ino]:
+        """Those of the holders that are references, or share extents."""
+        return self._inodes(self._sharers, content)
+
+    def _inodes(self, table: lmdb._Database, content: ContentKey) -> list[Ino]:
+        with self._read() as txn, txn.cursor(table) as cursor:
+            if not cursor.set_key(codec.encode_content(content)):
+                return []
+            return [codec.decode_ino(value) for value in cursor.iternext_dup()]
+
+    def count_holders(self, content: ContentKey) -> int:
+        with self._read() as txn, txn.cursor(self._holders) as cursor:
+            return cursor.count() if cursor.set_key(codec.encode_content(content)) else 0
+
+    def links(self, ino: Ino) -> list[Link]:
+        with self._read() as txn, txn.cursor(self._links) as cursor:
+            if not cursor.set_key(codec.encode_ino(ino)):
+                return []
+            return [codec.decode_link(value) for value in cursor.iternext_dup()]
+
+    def paths(self, ino: Ino, root: Ino) -> list[bytes]:
+        """The paths an inode is recorded under. The caller checks each against the tree."""
+        with self._read() as txn:
+            with txn.cursor(self._links) as cursor:
+                if not cursor.set_key(codec.encode_ino(ino)):
+                    return []
+                links = [codec.decode_link(value) for value in cursor.iternext_dup()]
+            found = (self._walk_up(txn, link, root) for link in links)
+            return [path for path in found if path is not None]
+
+    def _walk_up(self, txn: lmdb.Transaction[bytes], link: Link, root: Ino) -> bytes | None:
+        parts = [link.name]
+        length = len(link.name)
+        while link.parent != root:
+            value = txn.get(codec.encode_ino(link.parent), db=self._dirs)
+            if value is None:
+                return None
+            link = codec.decode_link(value)
+            parts.append(link.name)
+            length += len(link.name) + 1
+            if length > _LONGEST_PATH:  # directories of a damaged index that contain each other
+                return None
+        return b"/".join(reversed(parts))
+
+    def directory(self, ino: Ino) -> Link | None:
+        with self._read() as txn:
+            value = txn.get(codec.encode_ino(ino), db=self._dirs)
+            return None if value is None else codec.decode_link(value)
+
+    def totals(self) -> Totals:
+        with self._read() as txn:
+            count = {name: self._counter(txn, name) for name in _COUNTERS}
+        return Totals(
+            files=count["files"],
+            logical_bytes=count["logical"],
+            stored_bytes=count["plain"] + count["contents_bytes"],
+            references=count["references"],
+            shared_files=count["shared"],
+            contents_shared=count["contents"],
+        )
+
+    def _counter(self, txn: lmdb.Transaction[bytes], name: str) -> int:
+        value = txn.get(b"count." + name.encode(), db=self._meta)
+        return 0 if value is None else codec.decode_counter(value)
+
+    def is_complete(self) -> bool:
+        """Whether a walk of the whole tree has ever finished: until then, what is not here may still exist."""
+        with self._read() as txn:
+            return txn.get(b"complete", db=self._meta) is not None
+
+    def all_files(self, after: Ino, limit: int) -> list[tuple[Ino, FileRecord]]:
+        """Up to `limit` records of inodes above `after`, ascending: a long walk in short transactions."""
+        with self._read() as txn, txn.cursor(self._files) as cursor:
+            found: list[tuple[Ino, FileRecord]] = []
+            if cursor.set_range(codec.encode_ino(Ino(after + 1))):
+                for key, value in cursor:
+                    found.append((codec.decode_ino(key), codec.decode_file(value)))
+                    if len(found) == limit:
+                        break
+            return found
+
+    def all_links(self, after: Ino, limit: int) -> list[tuple[Ino, list[Link]]]:
+        """Up to `limit` inodes above `after` with the names recorded for them."""
+        with self._read() as txn, txn.cursor(self._links) as cursor:
+            found: list[tuple[Ino, list[Link]]] = []
+            more = cursor.set_range(codec.encode_ino(Ino(after + 1)))
+            while more and len(found) < limit:
+                ino = codec.decode_ino(cursor.key())
+                found.append((ino, [codec.decode_link(value) for value in cursor.iternext_dup()]))
+                more = cursor.next_nodup()
+            return found
+
+    def all_directories(self) -> list[tuple[Ino, Link]]:
+        with self._read() as txn, txn.cursor(self._dirs) as cursor:
+            return [(codec.decode_ino(key), codec.decode_link(value)) for key, value in cursor]
+
+    def all_groups(
+        self, after: bytes, limit: int, *, smallest: int = 2
+    ) -> tuple[list[tuple[ContentKey, list[Ino]]], bytes]:
+        """Contents with at least `smallest` holders, at most `limit`, from the position `after` (b"" to begin).
+
+        Also answers the position to go on from, b"" at the end.
+        """
+        with self._read() as txn, txn.cursor(self._holders) as cursor:
+            found: list[tuple[ContentKey, list[Ino]]] = []
+            more = cursor.set_range(after) if after else cursor.first()
+            if more and after and cursor.key() == after:
+                more = cursor.next_nodup()
+            while more:
+                key = cursor.key()
+                if cursor.count() >= smallest:
+                    inodes = [codec.decode_ino(value) for value in cursor.iternext_dup()]
+                    found.append((codec.decode_content(key), inodes))
+                    if len(found) == limit:
+                        return found, key
+                more = cursor.next_nodup()
+            return found, b""
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def batch(self) -> Batch:
+        return Batch(self)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._write() as txn:
+            owner = txn.get(b"store", db=self._meta)
+            for table in (self._files, self._links, self._dirs, self._holders, self._sharers, self._queue, self._meta):
+                txn.drop(table, delete=False)
+            txn.put(b"version", SCHEMA_VERSION, db=self._meta)
+            txn.put(b"store", owner or b"", db=self._meta)
+
+    def set_complete(self) -> None:
+        with self._write() as txn:
+            txn.put(b"complete", b"1", db=self._meta)
+
+    def save_queue(self, items: list[tuple[Ino, bytes]]) -> None:
+        """Replace the stored queue."""
+        with self._write() as txn:
+            txn.drop(self._queue, delete=False)
+            for number, (ino, path) in enumerate(items):
+                txn.put(codec.encode_ino(Ino(number)), codec.encode_pending(path, ino), db=self._queue)
+
+    def load_queue(self) -> list[tuple[Ino, bytes]]:
+        with self._read() as txn, txn.cursor(self._queue) as cursor:
+            return [codec.decode_pending(value) for _, value in cursor]
+
+
+class Batch:
+    """Changes that will be committed together. Its owner reads through it; nobody else sees them before `commit`."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._files: dict[Ino, FileRecord | None] = {}
+        self._holders: dict[ContentKey, dict[Ino, bool]] = {}  # True: joined, False: left
+        self._links: dict[tuple[Ino, Link], bool] = {}  # True: put, False: removed
+        self._dirs: dict[Ino, Link | None] = {}
+
+    def __len__(self) -> int:
+        return len(self._files) + len(self._links) + len(self._dirs)
+
+    def file(self, ino: Ino) -> FileRecord | None:
+        return self._files[ino] if ino in self._files else self._index.file(ino)
+
+    def holders(self, content: ContentKey) -> list[Ino]:
+        changed = self._holders.get(content, {})
+        known = [ino for ino in self._index.holders(content) if changed.get(ino, True)]
+        return known + [ino for ino, joined in changed.items() if joined and ino not in known]
+
+    def sharers(self, content: ContentKey) -> list[Ino]:
+        sharing = (FileState.REFERENCE, FileState.SHARED)
+        return [ino for ino in self.holders(content) if (held := self.file(ino)) is not None and held.state in sharing]
+
+    def collisions(self, content: ContentKey) -> list[ContentKey]:
+        """Every known content with the digest of `content`, by collision number."""
+        found: list[ContentKey] = []
+        candidate = ContentKey(content.digest, 0)
+        while self.holders(candidate):
+            found.append(candidate)
+            candidate = ContentKey(content.digest, candidate.collision + 1)
+        return found
+
+    def paths(self, ino: Ino, root: Ino) -> list[bytes]:
+        """Like Index.paths, with the changes of this batch in view."""
+        links = [link for link in self._index.links(ino) if self._links.get((ino, link), True)]
+        links += [link for (of, link), put in self._links.items() if of == ino and put and link not in links]
+        found = (self._walk_up(link, root) for link in links)
+        return [path for path in found if path is not None]
+
+    def _walk_up(self, link: Link, root: Ino) -> bytes | None:
+        parts = [link.name]
+        length = len(link.name)
+        while link.parent != root:
+            up = self.directory(link.parent)
+            if up is None or length > _LONGEST_PATH:
+                return None
+            link = up
+            parts.append(link.name)
+            length += len(link.name) + 1
+        return b"/".join(reversed(parts))
+
+    def put_file(self, ino: Ino, record: FileRecord) -> None:
+        self._leave(ino)
+        self._files[ino] = record
+        self._holders.setdefault(record.content, {})[ino] = True
+
+    def forget_file(self, ino: Ino) -> FileRecord | None:
+        """Drop the record and all names of an inode that is gone. Answers what was known of it."""
+        known = self._leave(ino)
+        self._files[ino] = None
+        for link in self._index.links(ino):
+            self._links[ino, link] = False
+        for of, link in [key for key in self._links if key[0] == ino]:
+            self._links[of, link] = False
+        return known
+
+    def _leave(self, ino: Ino) -> FileRecord | None:
+        known = self.file(ino)
+        if known is not None:
+            self._holders.setdefault(known.content, {})[ino] = False
+        return known
+
+    def directory(self, ino: Ino) -> Link | None:
+        return self._dirs[ino] if ino in self._dirs else self._index.directory(ino)
+
+    def put_link(self, ino: Ino, link: Link) -> None:
+        self._links[ino, link] = True
+
+    def remove_link(self, ino: Ino, link: Link) -> None:
+        self._links[ino, link] = False
+
+    def put_directory(self, ino: Ino, link: Link) -> None:
+        self._dirs[ino] = link
+
+    def forget_directory(self, ino: Ino) -> None:
+        self._dirs[ino] = None
+
+    def commit(self) -> None:
+        """Write everything in one transaction. Raises IndexDamaged (a full map or disk included), having changed nothing."""
+        if not len(self):
+            return
+        index = self._index
+        with index._write() as txn:
+            for ino, record in self._files.items():
+                self._write_file(txn, ino, record)
+            for (ino, link), put in self._links.items():
+                key, value = codec.encode_ino(ino), codec.encode_link(link)
+                if put:
+                    txn.put(key, value, db=index._links)
+                else:
+                    txn.delete(key, value, db=index._links)
+            for ino, up in self._dirs.items():
+                if up is None:
+                    txn.delete(codec.encode_ino(ino), db=index._dirs)
+                else:
+                    txn.put(codec.encode_ino(ino), codec.encode_link(up), db=index._dirs)
+        self._files.clear()
+        self._holders.clear()
+        self._links.clear()
+        self._dirs.clear()
+
+    def _write_file(self, txn: lmdb.Transaction[bytes], ino: Ino, record: FileRecord | None) -> None:
+        index, key = self._index, codec.encode_ino(ino)
+        value = txn.get(key, db=index._files)
+        if value is not None:
+            self._account(txn, key, codec.decode_file(value), joins=False)
+        if record is None:
+            txn.delete(key, db=index._files)
+        else:
+            txn.put(key, codec.encode_file(record), db=index._files)
+            self._account(txn, key, record, joins=True)
+
+    def _account(self, txn: lmdb.Transaction[bytes], ino: bytes, record: FileRecord, *, joins: bool) -> None:
+        """Keep the tables by content, and the counters, in step with one file record that comes or goes."""
+        index, content, size = self._index, codec.encode_content(record.content), record.stamp.size_bytes
+        sign = 1 if joins else -1
+        change = {"files": sign, "logical": sign * size}
+        tables = [index._holders]
+        if record.state is FileState.PLAIN:
+            change["plain"] = sign * size
+        else:
+            tables.append(index._sharers)
+            change["references" if record.state is FileState.REFERENCE else "shared"] = sign
+            before = txn.get(content, db=index._sharers) is not None
+        for table in tables:
+            if joins:
+                txn.put(content, ino, db=table)
+            else:
+                txn.delete(content, ino, db=table)
+        if record.state is not FileState.PLAIN:
+            after = txn.get(content, db=index._sharers) is not None
+            if before != after:
+                change["contents"] = sign
+                change["contents_bytes"] = sign * size
+        for name, amount in change.items():
+            total = index._counter(txn, name) + amount
+            txn.put(b"count." + name.encode(), codec.encode_counter(total), db=index._meta)
+
+
+def recompute(index: Index) -> Totals:
+    """The totals as the file records give them, to be held against the counters."""
+    files = logical = plain = references = shared = 0
+    contents: dict[ContentKey, int] = {}
+    after = Ino(-1)
+    while chunk := index.all_files(after, 1000):
+        for _, (stamp, state, content) in chunk:
+            files += 1
+            logical += stamp.size_bytes
+            if state is FileState.PLAIN:
+                plain += stamp.size_bytes
+                continue
+            references += state is FileState.REFERENCE
+            shared += state is FileState.SHARED
+            contents[content] = stamp.size_bytes
+        after = chunk[-1][0]
+    return Totals(files, logical, plain + sum(contents.values()), references, shared, len(contents))

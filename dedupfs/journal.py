@@ -1,0 +1,191 @@
+"""What apps did to names and attributes, noted in order while they do it, and carried to the index later.
+
+Requests append (a few hundred nanoseconds); the settler drains and applies. Lost in a crash, and then not needed:
+`reconcile` walks the tree. Entries of one inode are applied before any file settled after them, so that an inode number
+that is used again never takes over the record of its predecessor.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .backing import Backing
+from .index import Batch
+from .model import ROOT, ContentKey, FileRecord, FileState, Ino, Link, Stamp
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An inode that is no directory got a name."""
+
+    ino: Ino
+    link: Link
+
+
+@dataclass(frozen=True, slots=True)
+class Unnamed:
+    """It lost one; its last, if `gone`."""
+
+    ino: Ino
+    link: Link
+    gone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryNamed:
+    """A directory was renamed, or (None) removed."""
+
+    ino: Ino
+    link: Link | None
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """Attributes changed, the content did not."""
+
+    ino: Ino
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Referred:
+    """A path became a reference while an app waited: a copy inside the mount."""
+
+    st: os.stat_result
+    path: bytes
+    content: ContentKey
+    replaced: Ino | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A scan met this inode under this path."""
+
+    ino: Ino
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A reference was made plain, and is to stay so: its content is known, it is not to be settled again."""
+
+    st: os.stat_result
+    path: bytes
+    content: ContentKey
+
+
+Entry = Found | Restored | Named | Unnamed | DirectoryNamed | Touched | Referred
+
+
+class Journal:
+    """The entries not applied yet. Whoever owns the queue of files holds its lock around `append` and `drain`."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Entry] = deque()
+        self.appended = 0
+
+    def append(self, entry: Entry) -> None:
+        self._entries.append(entry)
+        self.appended += 1
+
+    def drain(self) -> deque[Entry]:
+        entries, self._entries = self._entries, deque()
+        return entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Recording:
+    """Writes what is known of files into a batch. `unreferenced` gathers contents that lost a reference."""
+
+    def __init__(self, backing: Backing, is_pending: Callable[[Ino], bool]) -> None:
+        self._backing = backing
+        self._is_pending = is_pending
+        self.unreferenced: set[ContentKey] = set()
+
+    def apply(self, batch: Batch, entry: Entry) -> None:
+        match entry:
+            case Named(ino, link):
+                batch.put_link(ino, link)
+                self._retouch(batch, ino)
+            case Unnamed(ino, _, gone=True):
+                self.forget(batch, ino)
+            case Unnamed(ino, link):
+                batch.remove_link(ino, link)
+                self._retouch(batch, ino)
+            case DirectoryNamed(ino, None):
+                batch.forget_directory(ino)
+            case DirectoryNamed(ino, link) if link is not None:
+                batch.put_directory(ino, link)
+            case Touched(ino, path):
+                self._retouch(batch, ino, path)
+            case Found(ino, path):
+                self._add_name(batch, ino, path)
+            case Restored(st, path, content):
+                self.put(batch, path, st, FileState.PLAIN, content)
+            case Referred(st, path, content, replaced):
+                if replaced is not None:
+                    self.forget(batch, replaced)
+                self.put(batch, path, st, FileState.REFERENCE, content)
+
+    def put(self, batch: Batch, path: bytes, st: os.stat_result, state: FileState, content: ContentKey) -> None:
+        """Record a settled file. The record comes first: a reference must be counted even if its path has moved on."""
+        ino = Ino(st.st_ino)
+        self._left(batch.file(ino), state, content)
+        batch.put_file(ino, FileRecord(Stamp.of(st), state, content))
+        self._add_name(batch, ino, path)
+
+    def _add_name(self, batch: Batch, ino: Ino, path: bytes) -> None:
+        directory, _, name = path.rpartition(b"/")
+        try:
+            if self._backing.lstat(path).st_ino == ino:
+                batch.put_link(ino, Link(self.learn_directory(batch, directory), name))
+        except OSError:
+            return  # renamed meanwhile; the journal says to where
+
+    def learn_directory(self, batch: Batch, path: bytes) -> Ino:
+        """Record the directories on the way to `path`, and answer its inode. Raises OSError."""
+        if path == ROOT:
+            return self._backing.root_ino
+        ino = Ino(self._backing.lstat(path).st_ino)
+        parent, _, name = path.rpartition(b"/")
+        link = Link(self.learn_directory(batch, parent), name)
+        if batch.directory(ino) != link:
+            batch.put_directory(ino, link)
+        return ino
+
+    def forget(self, batch: Batch, ino: Ino) -> None:
+        """An inode is gone, unless its number is a new file's by now and recorded already."""
+        record = batch.file(ino)
+        if record is not None and any(
+            st.st_ino == ino and Stamp.of(st) == record.stamp
+            for st in self._stats(batch.paths(ino, self._backing.root_ino))
+        ):
+            return
+        self._left(batch.forget_file(ino), None, None)
+
+    def _left(self, known: FileRecord | None, state: FileState | None, content: ContentKey | None) -> None:
+        if known is not None and known.state is FileState.REFERENCE:
+            if state is not FileState.REFERENCE or content != known.content:
+                self.unreferenced.add(known.content)
+
+    def _retouch(self, batch: Batch, ino: Ino, path: bytes | None = None) -> None:
+        """Renaming, linking and chmod change an inode's ctime: let the record follow, or it would look modified."""
+        record = batch.file(ino)
+        if record is None or self._is_pending(ino):
+            return
+        for st in self._stats([path] if path is not None else batch.paths(ino, self._backing.root_ino)):
+            if st.st_ino == ino and st.st_size == record.stamp.size_bytes:
+                batch.put_file(ino, record._replace(stamp=Stamp.of(st)))
+                return
+
+    def _stats(self, paths: list[bytes]) -> list[os.stat_result]:
+        found = []
+        for path in paths:
+            try:
+                found.append(self._backing.lstat(path))
+            except OSError:
+                continue
+        return found

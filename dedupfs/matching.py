@@ -1,0 +1,240 @@
+"""One closed file: what it contains, who else has that, and sharing it with them.
+
+A digest proposes, bytes decide: a file is put under a content only after it was compared with a file or the blob that
+stands for that content. Equal digests with different bytes mean that one of the two is not what was hashed (then it is
+found out which, and a damaged blob is healed by the good copy), or a collision (then the file gets the next number).
+"""
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from .backing import Backing
+from .blobs import Blobs
+from .digest import DescriptorHasher, same_bytes
+from .errors import DamagedContent, StoreError
+from .index import Batch
+from .journal import Recording
+from .model import SMALLEST_SHARED_BYTES, ContentKey, Digest, FileState, Ino, Stamp
+from .openfiles import InUse, Key, OpenFiles
+from .sharing import Changed, Recorder, ReferenceSharing, Settled, Sharing
+
+log = logging.getLogger(__name__)
+
+# A change within the same tick of the kernel's clock as the one we recorded would leave the stamp as it is. Up to 10 ms
+# where HZ is 100; newer kernels give finer times to a file that was looked at.
+_TICK_NS = 20_000_000
+
+
+class Matcher:
+    """Settles one file at a time; the settler's thread calls it."""
+
+    def __init__(
+        self,
+        backing: Backing,
+        blobs: Blobs,
+        openfiles: OpenFiles,
+        references: ReferenceSharing,
+        strategy: Sharing,
+        hasher: DescriptorHasher,
+        recording: Recording,
+        on_replaced: Callable[[bytes], None],
+    ) -> None:
+        """`on_replaced` is called with each path that got another inode."""
+        self._backing, self._blobs, self._openfiles = backing, blobs, openfiles
+        self._references, self._strategy, self._hash = references, strategy, hasher
+        self._recording, self._on_replaced = recording, on_replaced
+
+    def settle(self, batch: Batch, ino: Ino, path: bytes, digest: Digest | None) -> None:
+        """Record and share the file at `path`, whose inode was `ino` and whose digest may be known already.
+
+        Raises FileNotFoundError when another inode is there, InUse and GivenUp when an app writes to it, Changed when
+        it has to be looked at again, OSError when it cannot be read; it is then as it was, or shared and recorded.
+        """
+        st = self._backing.lstat(path)
+        key = Key.of(st)
+        if st.st_ino != ino:
+            raise FileNotFoundError
+        if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
+            return
+        with self._openfiles.watch(key) as watch:
+            try:
+                fd = self._backing.open_quietly(path)
+            except PermissionError:
+                log.info("%s cannot be read by dedupfs, and is not hashed", os.fsdecode(path))
+                return
+            try:
+                st = os.fstat(fd)
+                if Key.of(st) != key:
+                    raise Changed("replaced")
+                file = Settled(path, fd, Stamp.of(st), key, watch)
+                try:
+                    reference = self._references.load(fd, st)
+                except StoreError as error:
+                    # It holds no content that anybody could vouch for: nothing may be concluded from it.
+                    log.error("%s: %s", os.fsdecode(path), error)
+                    self._recording.forget(batch, ino)
+                    return
+                if reference is not None:
+                    self._recording.put(batch, path, st, FileState.REFERENCE, reference.content)
+                    return
+                self._match(batch, file, self._digest(batch, file, digest))
+            finally:
+                os.close(fd)
+
+    def _digest(self, batch: Batch, file: Settled, digest: Digest | None) -> Digest:
+        known = batch.file(file.key.ino)
+        if known is not None and known.stamp == file.stamp and known.state is not FileState.REFERENCE:
+            return known.content.digest
+        lease = self._backing.take_read_lease(file.fd)
+        if digest is None:
+            digest = self._hash(file.fd, file.watch.checkpoint)
+        age_ns = time.time_ns() - max(file.stamp.mtime_ns, file.stamp.ctime_ns)
+        if 0 <= age_ns < _TICK_NS:
+            time.sleep((_TICK_NS - age_ns) / 1e9)
+        if Stamp.of(os.fstat(file.fd)) != file.stamp or (lease and self._backing.lease_is_breaking(file.fd)):
+            raise Changed("written meanwhile")
+        return digest
+
+    def _match(self, batch: Batch, file: Settled, digest: Digest) -> None:
+        st = os.fstat(file.fd)
+        shareable = st.st_size >= SMALLEST_SHARED_BYTES and st.st_nlink == 1
+        content = ContentKey(digest)
+        for content in (ContentKey(digest, number) for number in range(1 << 16)):
+            others = [ino for ino in batch.holders(content) if ino != file.key.ino]
+            if not others and not self._blobs.usable(content):
+                break
+            if self._size_of(batch, content, others) != st.st_size:
+                continue
+            try:
+                if shareable and self._share(batch, file, content, others):
+                    return
+            except OSError as error:
+                log.warning("cannot share %s: %s", os.fsdecode(file.path), error)
+            if self._equals_known(batch, file, content, others):
+                break
+        self._recording.put(batch, file.path, st, FileState.PLAIN, content)
+
+    def _size_of(self, batch: Batch, content: ContentKey, others: list[Ino]) -> int | None:
+        for ino in others:
+            if (held := batch.file(ino)) is not None:
+                return held.stamp.size_bytes
+        blob = self._blobs.stat(content)
+        return None if blob is None else blob.st_size
+
+    def _share(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
+        """Whether the file shares its blocks now. False when nobody who has this content can be shared with."""
+
+        def record(changed: Settled, st: os.stat_result, state: FileState) -> None:
+            self._recording.put(batch, changed.path, st, state, content)
+            if st.st_ino != changed.key.ino:
+                batch.forget_file(changed.key.ino)
+                self._on_replaced(changed.path)
+
+        try:
+            blob_fd = self._blobs.open(content, file.stamp.size_bytes) if self._blobs.usable(content) else None
+        except DamagedContent:
+            blob_fd = None
+        try:
+            if blob_fd is not None:
+                if self._strategy.share_with_blob(blob_fd, file, content, record):
+                    return True
+                return self._heal(file, content, record)
+        except InUse:
+            # An app reads it; it is shared when that is over.
+            self._openfiles.settle_when_closed(file.key)
+            return False
+        finally:
+            if blob_fd is not None:
+                os.close(blob_fd)
+        for ino in others:
+            held = batch.file(ino)
+            if held is not None and held.state is FileState.REFERENCE:
+                return self._heal(file, content, record)  # references without a blob wait for this copy
+            with self._open_other(batch, ino) as other:
+                if other is None:
+                    continue
+                try:
+                    if self._strategy.share(other, file, content, record):
+                        return True
+                except InUse:
+                    self._openfiles.settle_when_closed(file.key)
+                    return False
+                if self._hash(other.fd, other.watch.checkpoint) != content.digest:
+                    log.warning("%s has other bytes than when it was hashed", os.fsdecode(other.path))
+                    self._recording.forget(batch, ino)
+        return False
+
+    def _heal(self, file: Settled, content: ContentKey, record: Recorder) -> bool:
+        """The blob has other bytes, or there is none. If it is the blob that is wrong, this copy takes its place."""
+        if self._hash(file.fd, file.watch.checkpoint) != content.digest:
+            raise Changed("its bytes are not what was hashed")
+        try:
+            blob_fd = self._blobs.open(content, file.stamp.size_bytes)
+        except DamagedContent:
+            pass
+        else:
+            try:
+                if self._hash(blob_fd, file.watch.checkpoint) == content.digest:
+                    return False  # both are what they should be: a collision
+            finally:
+                os.close(blob_fd)
+        st = self._references.heal(file, content)
+        log.warning("blob %s was damaged; healed with %s", content.name, os.fsdecode(file.path))
+        record(file, st, FileState.REFERENCE)
+        return True
+
+    def _equals_known(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
+        """Whether the file has this content, where it is not shared: compared with anyone who stands for it.
+
+        When nobody can be compared with (all are being written), nobody else is reported under it either.
+        """
+        compared = False
+        if self._blobs.usable(content):
+            try:
+                fd = self._blobs.open(content, file.stamp.size_bytes)
+            except DamagedContent:
+                pass
+            else:
+                try:
+                    if same_bytes(fd, file.fd, file.watch.checkpoint):
+                        return True
+                    compared = True
+                finally:
+                    os.close(fd)
+        for ino in others:
+            with self._open_other(batch, ino) as other:
+                if other is not None:
+                    if same_bytes(other.fd, file.fd, file.watch.checkpoint):
+                        return True
+                    compared = True
+        return not compared
+
+    @contextmanager
+    def _open_other(self, batch: Batch, ino: Ino) -> Iterator[Settled | None]:
+        """A settled file by inode, watched and open, if it holds its own bytes and still is what the index says."""
+        with ExitStack() as stack:
+            yield self._enter_other(stack, batch, ino)
+
+    def _enter_other(self, stack: ExitStack, batch: Batch, ino: Ino) -> Settled | None:
+        record = batch.file(ino)
+        if record is None or record.state is FileState.REFERENCE:
+            return None
+        for path in batch.paths(ino, self._backing.root_ino):
+            try:
+                st = self._backing.lstat(path)
+                if st.st_ino != ino or st.st_dev != self._backing.device:
+                    continue
+                watch = stack.enter_context(self._openfiles.watch(Key.of(st)))
+                fd = self._backing.open_quietly(path)
+            except (OSError, InUse):
+                continue
+            stack.callback(os.close, fd)
+            st = os.fstat(fd)
+            if st.st_ino == ino and Stamp.of(st) == record.stamp:
+                self._backing.take_read_lease(fd)
+                return Settled(path, fd, record.stamp, Key.of(st), watch)
+        return None

@@ -1,0 +1,108 @@
+"""The words of dedupfs: small immutable values that the other modules pass to each other. No I/O.
+
+Paths are `bytes` relative to the source, without a leading slash; the source itself is `b""`.
+"""
+
+import enum
+import os
+from dataclasses import dataclass
+from typing import NamedTuple, NewType
+
+Ino = NewType("Ino", int)
+Digest = NewType("Digest", bytes)  # 16 bytes, XXH3-128, big-endian (its canonical form)
+
+ROOT = b""
+STORE_DIRECTORY = b".dedupfs"
+
+# Below one block of the backing filesystem a reference would save nothing.
+SMALLEST_SHARED_BYTES = 4096
+
+
+class ContentKey(NamedTuple):
+    """What one content is called: its digest, and a number that tells apart contents of equal digest."""
+
+    digest: Digest
+    collision: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.digest.hex()}.{self.collision}"
+
+
+class FileState(enum.IntEnum):
+    """Where the bytes of a settled file are."""
+
+    PLAIN = 1  # in its own inode, shared with nothing
+    REFERENCE = 2  # in the blob that its reference names
+    SHARED = 3  # in extents that the backing filesystem shares with other files
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+class Stamp(NamedTuple):
+    """What tells that an inode has not changed since it was looked at."""
+
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, st: os.stat_result) -> "Stamp":
+        return cls(st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+
+
+class FileRecord(NamedTuple):
+    """What the index knows of a settled file, by inode."""
+
+    stamp: Stamp
+    state: FileState
+    content: ContentKey
+
+
+class Link(NamedTuple):
+    """One name of an inode: a directory's inode and the entry in it."""
+
+    parent: Ino
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the reference xattr says: the content that this file stands for.
+
+    `materialising` is set while the content is being copied into the file's own inode; until it is cleared the blob,
+    not the file's own blocks, is the truth, and `mtime_ns` is the time to put back if the copy is abandoned.
+    """
+
+    content: ContentKey
+    size_bytes: int
+    materialising: bool = False
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the index. `stored_bytes` counts a shared content once; all sizes are lengths, not blocks."""
+
+    files: int = 0
+    logical_bytes: int = 0
+    stored_bytes: int = 0
+    references: int = 0
+    shared_files: int = 0
+    contents_shared: int = 0
+
+    @property
+    def saved_bytes(self) -> int:
+        return self.logical_bytes - self.stored_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the credentials FUSE reports for a request."""
+
+    uid: int
+    gid: int
+    pid: int
+    umask: int = 0

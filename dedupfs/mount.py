@@ -1,0 +1,351 @@
+"""The life of a mount: checked, built once, served, taken down in order; started in the background; unmounted.
+
+`serve` is the daemon: it runs in the foreground of its process and is the only place where an engine, a control socket
+and a FUSE session meet. `spawn` runs such a process in the background. `unmount` ends one.
+"""
+
+import errno
+import faulthandler
+import logging
+import os
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+from . import control
+from .backing import Backing
+from .config import FUSE_CONFIGURATION, MountOptions, control_directory, user_may_allow_other
+from .control import Progress
+from .engine import Engine
+from .errors import Busy, DedupfsError, NotMounted, SourceError, Unavailable, UsageError
+from .model import STORE_DIRECTORY
+
+log = logging.getLogger(__name__)
+
+LOG = STORE_DIRECTORY + b"/daemon.log"
+
+_FUSE_DEVICE = "/dev/fuse"
+_FUSERMOUNT = "fusermount3"
+_READY = b"ready\n"
+
+
+# -- serving ----------------------------------------------------------------------------------------------------------
+
+
+def serve(
+    source: str, mountpoint: str, options: MountOptions, *, on_ready: Callable[[], None], background: bool = False
+) -> None:
+    """Mount `source` at `mountpoint` and serve it until it is unmounted, by whatever means.
+
+    `on_ready` is called once, when the mount answers, from any thread. With `background`, standard error then goes to
+    the log in the store. Returns when the store is closed and marked clean. Raises what keeps it from mounting.
+    """
+    from . import fusefs  # chooses and loads libfuse, which no other command needs
+
+    source, mountpoint = os.path.abspath(source), os.path.realpath(mountpoint)
+    _check_before_mounting(source, mountpoint, options)
+    with _signals() as hold_signals, ExitStack() as shutdown:
+        engine = Engine(source, options)
+        shutdown.callback(engine.close)
+        log_fd = _open_log(source) if background else None
+        if log_fd is not None:
+            shutdown.callback(os.close, log_fd)
+
+        path = os.path.join(control_directory(uid=os.geteuid()), f"{engine.store.uuid}.sock")
+        server = control.Server(path, commands(engine))
+        shutdown.callback(server.close)
+        engine.vfs.control_path = os.fsencode(path)
+        engine.start()
+        server.start()
+        engine.store.announce(mountpoint=mountpoint, socket=path)
+        shutdown.callback(hold_signals)
+
+        ready = threading.Event()
+
+        def when_ready(forget: Callable[[bytes], None]) -> None:
+            engine.on_replaced = forget
+            if log_fd is not None:
+                os.dup2(log_fd, sys.stderr.fileno())
+            log.info("serving %s at %s", source, mountpoint)
+            ready.set()
+            on_ready()
+
+        words = [*options.fuse_words, f"subtype={control.FUSE_TYPE.removeprefix('fuse.')}"]
+        try:
+            fusefs.serve(engine.vfs, mountpoint, words, fsname=source, on_ready=when_ready)
+        except Exception:
+            if background and ready.is_set():  # nobody else is left to hear of it
+                log.exception("the mount at %s ended", mountpoint)
+            raise
+        log.info("unmounted %s", mountpoint)
+
+
+def commands(engine: Engine) -> dict[str, control.Command]:
+    """What the control socket answers. The arguments come from another process and are checked here."""
+
+    def status(_arguments: Mapping[str, object], _progress: Progress) -> object:
+        return engine.status()
+
+    def settle(_arguments: Mapping[str, object], progress: Progress) -> object:
+        return engine.settle(progress)
+
+    def scan(_arguments: Mapping[str, object], progress: Progress) -> object:
+        return engine.scan(progress)
+
+    def restore(arguments: Mapping[str, object], progress: Progress) -> object:
+        paths = arguments.get("paths", [])
+        if not isinstance(paths, list):
+            raise UsageError("the paths to restore are not a list")
+        return engine.restore([_path(path) for path in paths], progress)
+
+    def duplicates(arguments: Mapping[str, object], _progress: Progress) -> object:
+        path = arguments.get("path")
+        return engine.duplicates(None if path is None else _path(path))
+
+    return {"status": status, "settle": settle, "scan": scan, "restore": restore, "duplicates": duplicates}
+
+
+def _path(value: object) -> bytes:
+    """A path of a request, which has to stay in the source and out of the store."""
+    try:
+        path = os.fsencode(value) if isinstance(value, str) else None
+    except UnicodeEncodeError:
+        path = None
+    parts = path.split(b"/") if path else []
+    if path is None or b"\0" in path or (path and not set(parts).isdisjoint({b"", b".", b".."})):
+        raise UsageError(f"{value!r} is not a path relative to the mount")
+    if parts and parts[0] == STORE_DIRECTORY:
+        raise SourceError(f"{value} does not exist in the mount")
+    return path
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], None]]:
+    """A function that makes the process deaf to being asked to end, until the end of the block.
+
+    Before it is called, libfuse answers signals by unmounting; afterwards a second one would only leave the store
+    unclean.
+    """
+    handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def hold() -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals are somebody else's
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                handlers[number] = signal.signal(number, signal.SIG_IGN)
+
+    try:
+        yield hold
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _open_log(source: str) -> int:
+    """The log's descriptor, opened while the source is still reachable by its path."""
+    with closing(Backing(source)) as backing:
+        return backing.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def _check_before_mounting(source: str, mountpoint: str, options: MountOptions) -> None:
+    """Find what libfuse and fusermount3 would refuse, or worse accept, while it can be said in one clear line."""
+    for path in dict.fromkeys((source, mountpoint)):
+        _check_directory(path)
+    if not os.path.samefile(source, mountpoint):
+        fronted = os.path.realpath(source)
+        common = os.path.commonpath((fronted, mountpoint))
+        if common == fronted:
+            raise SourceError(f"{mountpoint} lies inside {source}; mount over {source} itself, or outside of it")
+        if common == mountpoint:
+            raise SourceError(f"{source} lies inside {mountpoint}, which would hide it; mount over {source} itself")
+    if control.find_mount(source) is not None:
+        raise Busy(f"{source} is mounted already; dedupfs status {source} asks that mount")
+    with suppress(UsageError):  # a directory deep inside another mount may be mounted over
+        if control.mount_at(mountpoint) is not None:
+            raise Busy(f"a dedupfs is mounted at {mountpoint} already; run dedupfs umount {mountpoint} first")
+    if not os.path.exists(_FUSE_DEVICE):
+        raise Unavailable(f"{_FUSE_DEVICE} is missing; load it with: modprobe fuse (in a container: pass the device)")
+    if os.geteuid() != 0:
+        _check_user(mountpoint, options)
+
+
+def _check_directory(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist; make the directory first") from None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise SourceError(f"the mount at {path} is dead; run dedupfs umount {path}") from None
+        raise SourceError(f"cannot use {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
+        raise SourceError(f"{path} is not a directory")
+
+
+def _check_user(mountpoint: str, options: MountOptions) -> None:
+    if not os.access(_FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise Unavailable(f"{_FUSE_DEVICE} may not be opened by this user; ask the administrator, or mount as root")
+    if shutil.which(_FUSERMOUNT) is None:
+        raise Unavailable(f"{_FUSERMOUNT} is missing, without which only root can mount; install the package fuse3")
+    if not os.access(mountpoint, os.W_OK):
+        raise SourceError(f"{mountpoint} is not writable for this user, who therefore may not mount over it")
+    if options.allow_other and not user_may_allow_other():
+        raise UsageError(
+            f"allow_other needs the line user_allow_other in {FUSE_CONFIGURATION}; add it, or leave allow_other out"
+        )
+
+
+# -- in the background ------------------------------------------------------------------------------------------------
+
+
+def spawn(source: str, mountpoint: str, option_text: str) -> int:
+    """Start a daemon that serves `source` at `mountpoint`, and wait until it does.
+
+    Returns 0 then; otherwise the exit code of the daemon, which has said on standard error what is wrong.
+    """
+    reader, writer = os.pipe()
+    arguments = ["mount", "--foreground", "--ready-fd", str(writer), "-o", option_text]
+    try:
+        # -P and our own search path: whatever lies in the working directory is not for us to import and run.
+        daemon = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "dedupfs",
+                *arguments,
+                "--",
+                os.path.abspath(source),
+                os.path.abspath(mountpoint),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(writer,),
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        try:
+            served = answer.readline() == _READY
+        except BaseException:
+            # Ctrl-C does not reach a session of its own.
+            daemon.terminate()
+            daemon.wait()
+            raise
+    if served:
+        daemon.returncode = 0  # it outlives us: init is to reap it
+        return 0
+    code = daemon.wait()
+    if code <= 0:
+        fate = f"was killed by {signal.Signals(-code).name}" if code else "ended"
+        raise DedupfsError(f"the daemon {fate} before it served {mountpoint}; run with --foreground to see why")
+    return code
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """The daemon's end of `spawn`'s pipe."""
+
+    fd: int
+
+    def __post_init__(self) -> None:
+        os.set_inheritable(self.fd, False)  # fusermount3 is not to hold it open
+
+    def report(self) -> None:
+        with suppress(BrokenPipeError):  # nobody waits any more
+            os.write(self.fd, _READY)
+        os.close(self.fd)
+
+
+def prepare_process() -> None:
+    """Make the process a good daemon: what it logs, and its stacks should it crash, go to standard error."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
+    )
+    faulthandler.enable()
+
+
+# -- unmounting -------------------------------------------------------------------------------------------------------
+
+
+def unmount(mountpoint: str) -> None:
+    """Unmount, and return when the daemon has ended, so that its store is closed and marked clean.
+
+    The dead mount of a killed daemon is removed. Raises NotMounted, Busy while something in it is in use, Unavailable,
+    OSError.
+    """
+    mountpoint = os.path.realpath(mountpoint)
+    try:
+        socket_path = control.mount_at(mountpoint)
+    except NotMounted:
+        if _mounted_type(mountpoint) != control.FUSE_TYPE:
+            raise NotMounted(
+                f"{mountpoint} is a dead mount, but not one of dedupfs; run umount -l {mountpoint}"
+            ) from None
+        _run_unmount(mountpoint, lazy=True)
+        return
+    if socket_path is None:
+        raise NotMounted(f"no dedupfs is mounted at {mountpoint}")
+    daemon = os.pidfd_open(control.daemon_pid(socket_path))
+    try:
+        _run_unmount(mountpoint, lazy=False)
+        ended = select.poll()
+        ended.register(daemon, select.POLLIN)
+        ended.poll()
+    finally:
+        os.close(daemon)
+
+
+def _run_unmount(mountpoint: str, *, lazy: bool) -> None:
+    if shutil.which(_FUSERMOUNT) is not None:
+        command = [_FUSERMOUNT, "-u", *(["-z"] if lazy else [])]
+    elif os.geteuid() == 0:
+        command = ["umount", *(["-l"] if lazy else [])]
+    else:
+        raise Unavailable(f"{_FUSERMOUNT} is missing, without which only root can unmount; install the package fuse3")
+    done = subprocess.run(
+        [*command, "--", mountpoint],
+        env={**os.environ, "LC_ALL": "C"},  # the reason has to be recognised
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        check=False,
+    )
+    if done.returncode == 0:
+        return
+    reason = " ".join(done.stderr.split())
+    if "busy" in reason:
+        raise Busy(
+            f"{mountpoint} is in use; close what is open in it (fuser -vm {mountpoint} shows what) and try again"
+        )
+    raise OSError(errno.EPERM, f"cannot unmount: {reason}", mountpoint)
+
+
+def _mounted_type(mountpoint: str) -> str | None:
+    """What /proc says is mounted there last: the one way to ask about a mount that answers nothing."""
+    found = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            fields, _, filesystem = line.partition(" - ")
+            if _unescape(fields.split(" ")[4]) == mountpoint:
+                found = filesystem.split(" ", 1)[0]
+    return found
+
+
+def _unescape(field: str) -> str:
+    for character in " \t\n\\":
+        field = field.replace(f"\\{ord(character):03o}", character)
+    return field

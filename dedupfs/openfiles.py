@@ -1,0 +1,295 @@
+"""Which files apps have open, by inode, and the two locks that keep a change of state apart from them.
+
+`Gate` orders the tree: whoever changes a name or an attribute, or opens a file, passes it *shared*; whoever puts
+another inode behind a path passes it *exclusively*, for microseconds. Inside, what was looked up stays true.
+
+`OpenFiles` orders one file: the settler `watch`es a file while it hashes, compares and shares it; who wants to write
+announces that first, which tells the watcher to give up, and waits until it has. Nobody waits for a watch inside the
+gate, and nobody enters the gate while holding an `OpenInode.lock`.
+
+Descriptors: a handle's `own_fd` is the inode at the path (attributes, writes, fsync); `read_fd` is where its bytes are:
+the same descriptor for a plain file, the blob's for a reference. It is one attribute, so that a reader who takes it
+once reads one or the other, never a mixture. Descriptors that went out of use are closed with the inode's last handle,
+since a reader may hold their number.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .digest import StreamDigest
+from .errors import DedupfsError
+from .model import ContentKey, Ino, Reference
+
+
+class Key(NamedTuple):
+    """An inode of the source tree."""
+
+    device: int
+    ino: Ino
+
+    @classmethod
+    def of(cls, st: os.stat_result) -> "Key":
+        return cls(st.st_dev, Ino(st.st_ino))
+
+
+class InUse(DedupfsError):
+    """An app has the file open in a way that forbids what was asked; it is done when the file is closed."""
+
+
+class GivenUp(DedupfsError):
+    """The watcher was told to let go of the file: somebody wants to write to it."""
+
+
+class Gate:
+    """Many may pass shared, or one exclusively; who waits for the latter is not overtaken. Not re-entrant."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._shared = 0
+        self._exclusive = False
+        self._waiting = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            while self._exclusive or self._waiting:
+                self._condition.wait()
+            self._shared += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._shared -= 1
+                if not self._shared and self._waiting:
+                    self._condition.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._condition:
+            self._waiting += 1
+            while self._exclusive or self._shared:
+                self._condition.wait()
+            self._waiting -= 1
+            self._exclusive = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._exclusive = False
+                self._condition.notify_all()
+
+
+@dataclass(slots=True, eq=False)
+class OpenInode:
+    """An inode with at least one handle. `lock` is held while its content or its state changes."""
+
+    key: Key
+    handles: "set[Handle]" = field(default_factory=set)
+    writers: int = 0
+    dirty: bool = False  # content may differ from what the index says
+    flushed: bool = False  # a close() was seen since the last write: its release is on the way
+    resettle: bool = False  # settling wanted to share it, and could not while it was open
+    loaded: bool = False  # it is known whether this is a reference
+    reference: Reference | None = None
+    content_fd: int = -1  # the blob's descriptor while `reference` is set
+    stream: StreamDigest | None = None  # digest of what is being written from start to end
+    privileges_checked: bool = False  # the set-id bits and capabilities that a write must clear are gone
+    retired_fds: list[int] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def become_reference(self, reference: Reference, content_fd: int) -> None:
+        """All bytes are in the blob from now on. Caller holds `lock`."""
+        if self.content_fd >= 0:
+            self.retired_fds.append(self.content_fd)
+        self.loaded, self.reference, self.content_fd = True, reference, content_fd
+        self._redirect()
+
+    def become_plain(self) -> None:
+        """All bytes are in the inode itself from now on. Caller holds `lock`."""
+        self.loaded, self.reference = True, None
+        self._redirect()
+
+    def _redirect(self) -> None:
+        # A copy: handles come and go meanwhile, and who comes directs itself, once it has the lock.
+        for handle in list(self.handles):
+            self.direct(handle)
+
+    def direct(self, handle: "Handle") -> None:
+        """Let a handle read where the bytes are. Caller holds `lock`."""
+        handle.read_fd = handle.own_fd if self.reference is None else self.content_fd
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """One open() of an app."""
+
+    inode: OpenInode
+    own_fd: int
+    read_fd: int
+    writes: bool
+    appends: bool
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """The settler's hold on a file that it looks at. `given_up` becomes true, once, when somebody wants to write."""
+
+    key: Key
+    given_up: bool = False
+
+    def checkpoint(self) -> None:
+        if self.given_up:
+            raise GivenUp("a writer came")
+
+
+class OpenFiles:
+    """The table of open inodes."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._inodes: dict[Key, OpenInode] = {}
+        self._watches: dict[Key, Watch] = {}
+        self._intents: dict[Key, int] = {}
+
+    # -- apps ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def writing_intent(self, key: Key) -> Iterator[None]:
+        """Announce a writer: on entry nobody watches the file, and until exit nobody begins to."""
+        with self._condition:
+            self._intents[key] = self._intents.get(key, 0) + 1
+            while (watch := self._watches.get(key)) is not None:
+                watch.given_up = True
+                self._condition.wait()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._intents[key] -= 1
+                if not self._intents[key]:
+                    del self._intents[key]
+
+    def register(self, key: Key, own_fd: int, *, writes: bool, appends: bool = False) -> Handle:
+        """Enter a handle; the caller is inside the gate, so that `own_fd` is what the path leads to, and directs the
+        handle to its bytes before it is used."""
+        with self._condition:
+            inode = self._inodes.get(key)
+            if inode is None:
+                inode = self._inodes[key] = OpenInode(key)
+            handle = Handle(inode, own_fd, own_fd, writes, appends)
+            inode.handles.add(handle)
+            inode.writers += writes
+            return handle
+
+    def release(self, handle: Handle, settle: Callable[[], None]) -> None:
+        """Leave a handle and close its descriptor.
+
+        Calls `settle` if the file is to be settled now: its last writer left, or its last reader whom sharing waited
+        for. It is called under the lock of the table, so that nobody finds the file neither open nor pending.
+        """
+        inode = handle.inode
+        with self._condition:
+            unused = [handle.own_fd]
+            inode.handles.discard(handle)
+            inode.writers -= handle.writes
+            wanted = False
+            if not inode.writers and inode.dirty:
+                inode.dirty, wanted = False, True
+            if not inode.handles:
+                wanted = wanted or inode.resettle
+                if self._inodes.get(inode.key) is inode:
+                    del self._inodes[inode.key]
+                unused += inode.retired_fds + ([inode.content_fd] if inode.content_fd >= 0 else [])
+            if wanted:
+                settle()
+            self._condition.notify_all()
+        for fd in unused:
+            os.close(fd)
+
+    # -- settling -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(self, key: Key) -> Iterator[Watch]:
+        """Look at a closed file, or one open for reading. Raises InUse when somebody writes to it or is about to."""
+        with self._condition:
+            inode = self._inodes.get(key)
+            if key in self._watches or key in self._intents or (inode is not None and (inode.writers or inode.dirty)):
+                raise InUse("open for writing")
+            watch = self._watches[key] = Watch(key)
+        try:
+            yield watch
+        finally:
+            with self._condition:
+                del self._watches[key]
+                self._condition.notify_all()
+
+    def get(self, key: Key) -> OpenInode | None:
+        with self._condition:
+            return self._inodes.get(key)
+
+    def settle_when_closed(self, key: Key) -> bool:
+        """Ask for another settling at the last release. False when the file is not open any more."""
+        with self._condition:
+            inode = self._inodes.get(key)
+            if inode is None:
+                return False
+            inode.resettle = True
+            return True
+
+    def count_handles(self, key: Key) -> int:
+        with self._condition:
+            inode = self._inodes.get(key)
+            return 0 if inode is None else len(inode.handles)
+
+    def follow(self, key: Key, to: Key, reference: Reference, blob_fd: int, own_fds: list[int]) -> None:
+        """A file that is open for reading became a blob, and its path leads to a reference, `to`.
+
+        Readers go on reading the inode they have; what else they do is done to the reference, through `own_fds`: open
+        descriptors of it, at least as many as there are handles. Caller passes the gate exclusively.
+        """
+        inode = self.get(key)
+        if inode is not None:
+            with inode.lock, self._condition:
+                if self._inodes.pop(key, None) is inode:
+                    inode.key = to
+                    self._inodes[to] = inode
+                    for handle in inode.handles:
+                        inode.retired_fds.append(handle.own_fd)
+                        handle.own_fd = own_fds.pop()
+                    inode.become_reference(reference, os.dup(blob_fd))
+        for fd in own_fds:
+            os.close(fd)
+
+    def uses(self, content: ContentKey) -> bool:
+        """Whether an open file reads from this blob."""
+        with self._condition:
+            return any(
+                inode.reference is not None and inode.reference.content == content for inode in self._inodes.values()
+            )
+
+    def is_written(self, key: Key) -> bool:
+        with self._condition:
+            inode = self._inodes.get(key)
+            return inode is not None and bool(inode.writers or inode.dirty)
+
+    def wait_until_closed(self, key: Key | None, timeout_s: float) -> bool:
+        """Wait for the release of what apps have closed already: the kernel sends it just after close() returns.
+
+        With a key, for that file, else for all. False when something stayed open for writing.
+        """
+
+        def on_the_way() -> bool:
+            inodes = self._inodes.values() if key is None else filter(None, [self._inodes.get(key)])
+            return any(inode.dirty and inode.flushed for inode in inodes)
+
+        with self._condition:
+            self._condition.wait_for(lambda: not on_the_way(), timeout_s)
+            return not on_the_way()
+
+    def __len__(self) -> int:
+        with self._condition:
+            return len(self._inodes)

@@ -1,0 +1,151 @@
+"""The index against the tree: the first scan of an archive, and what an unclean stop or a detour left behind.
+
+One walk looks at every file (lstat against the record) and offers the settler those that the index does not know as
+they are; then records whose file is gone are dropped, and blobs that nothing refers to are handed to be removed. The
+mount serves meanwhile. Stopping and starting again costs only the walk: what was settled stays known.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .backing import Backing
+from .blobs import Blobs
+from .index import Index
+from .journal import Found, Recording, Unnamed
+from .model import ROOT, STORE_DIRECTORY, Ino, Link, Stamp
+from .settle import Settler
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int | None], None]
+
+# So many files wait at most to be settled while the walk goes on: it bounds the memory.
+_MOST_WAITING = 4096
+_CHUNK = 500
+
+
+class Stopped(Exception):
+    """The scan was told to stop; it goes on where it was when it is started again."""
+
+
+@dataclass(slots=True)
+class Census:
+    """What one walk saw. Sizes are lengths."""
+
+    files: int = 0
+    directories: int = 0
+    bytes: int = 0
+    offered: int = 0
+    unreadable: int = 0
+
+
+def walk(
+    backing: Backing, census: Census, stopping: Callable[[], bool], top: bytes = ROOT
+) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Every regular file of the source's own filesystem below `top`, without the store. Raises Stopped."""
+    waiting = [top]
+    while waiting:
+        directory = waiting.pop()
+        census.directories += 1
+        prefix = directory + b"/" if directory else b""
+        try:
+            for entry in backing.scandir(directory):
+                if stopping():
+                    raise Stopped
+                path = prefix + os.fsencode(entry.name)
+                if path == STORE_DIRECTORY:
+                    continue
+                try:
+                    st = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue  # removed while we looked
+                if stat.S_ISDIR(st.st_mode):
+                    if st.st_dev == backing.device:
+                        waiting.append(path)
+                elif stat.S_ISREG(st.st_mode) and st.st_dev == backing.device:
+                    yield path, st
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            census.unreadable += 1
+            log.warning("cannot list %s: %s", os.fsdecode(directory), error.strerror)
+
+
+class Reconciler:
+    """Runs in a thread of its own beside a mount, or in the caller's without one."""
+
+    def __init__(self, backing: Backing, index: Index, blobs: Blobs, settler: Settler, recording: Recording) -> None:
+        self._backing, self._index, self._blobs = backing, index, blobs
+        self._settler, self._recording = settler, recording
+
+    def run(self, progress: Progress, *, settle: Callable[[], None], stopping: Callable[[], bool]) -> Census:
+        """Bring the index in line with the tree. `settle` returns when everything offered is settled.
+
+        Raises Stopped, and StoreError when the index cannot be used.
+        """
+        census = Census()
+        for path, st in walk(self._backing, census, stopping):
+            self._look(path, st, census)
+            if self._settler.pending() >= _MOST_WAITING:
+                settle()
+            if not census.files % 1000:
+                progress("looking", census.files, None)
+        progress("looking", census.files, None)
+        settle()
+        if stopping():
+            raise Stopped
+        self._drop_records_of_missing_files(stopping)
+        self._index.set_complete()
+        if not self._settler.lost_a_batch:
+            self._settler.index_is_complete = True
+        self._find_unreferenced_blobs()
+        settle()
+        progress("settled", census.files, census.files)
+        return census
+
+    def _look(self, path: bytes, st: os.stat_result, census: Census) -> None:
+        census.files += 1
+        census.bytes += st.st_size
+        ino = Ino(st.st_ino)
+        record = self._index.file(ino)
+        if record is None or record.stamp != Stamp.of(st):
+            census.offered += 1
+            self._settler.offer(ino, path)
+        if st.st_nlink > 1 or (record is not None and path not in self._index.paths(ino, self._backing.root_ino)):
+            self._settler.note(Found(ino, path))
+
+    def _drop_records_of_missing_files(self, stopping: Callable[[], bool]) -> None:
+        missing: set[Ino] = set()
+        after = Ino(-1)
+        while chunk := self._index.all_files(after, _CHUNK):
+            if stopping():
+                raise Stopped
+            missing.update(ino for ino, _ in chunk if not self._is_at_a_path(ino))
+            after = chunk[-1][0]
+        # Somebody who moves files behind our back can hide one from a walk; hardly from two.
+        for path, st in walk(self._backing, Census(), stopping) if missing else ():
+            if st.st_ino in missing:
+                missing.discard(Ino(st.st_ino))
+                self._settler.note(Found(Ino(st.st_ino), path))
+        for ino in missing:
+            with self._settler.quiet():
+                gone = not self._is_at_a_path(ino)
+            if gone:
+                self._settler.note(Unnamed(ino, Link(Ino(0), b"?"), gone=True))
+
+    def _is_at_a_path(self, ino: Ino) -> bool:
+        for path in self._index.paths(ino, self._backing.root_ino):
+            try:
+                if self._backing.lstat(path).st_ino == ino:
+                    return True
+            except OSError:
+                continue
+        return False
+
+    def _find_unreferenced_blobs(self) -> None:
+        for content, _ in self._blobs.list():
+            if not self._settler.is_referenced(content):
+                self._recording.unreferenced.add(content)

@@ -1,0 +1,299 @@
+"""The queue of files to settle, and the thread that works it off.
+
+Files come from apps (written and closed: first) and from a scan. Queue and journal are in memory: a clean stop saves
+the queue in the index, and after an unclean one `reconcile` finds the same work by walking. The thread takes files one
+by one, lets `matching` settle each, and commits what was learned in one transaction a batch; whoever waits for an
+answer ends the batch. Nothing an app waits for otherwise happens here.
+
+A failure never reaches an app: the file stays as it is, where it is; it is logged, and looked at again when it is next
+written or scanned.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .errors import DedupfsError, StoreError
+from .index import Batch, Index
+from .journal import Entry, Journal, Recording
+from .matching import Matcher
+from .model import ContentKey, Digest, FileState, Ino
+from .openfiles import Gate, GivenUp, InUse, Key, OpenFiles
+from .sharing import Changed, ReferenceSharing
+
+log = logging.getLogger(__name__)
+
+_BATCH_FILES = 256
+_BATCH_S = 1.0
+_RETRY_S = 5.0  # after the index could not be written
+
+
+@dataclass(slots=True)
+class _Pending:
+    path: bytes
+    digest: Digest | None = None  # computed while the file was written
+
+
+class Settler:
+    """Queue, journal and thread. Apps call `enqueue`, `note` and `moved`; whoever asks calls the waiting methods."""
+
+    def __init__(
+        self, device: int, index: Index, openfiles: OpenFiles, gate: Gate, references: ReferenceSharing
+    ) -> None:
+        self._device, self._index, self._openfiles = device, index, openfiles
+        self._gate, self._references = gate, references
+        self._condition = threading.Condition(threading.Lock())
+        self._fresh: dict[Ino, _Pending] = {}
+        self._backlog: dict[Ino, _Pending] = {}
+        self._working: dict[Ino, _Pending] = {}
+        self._journal = Journal()
+        self._applied = 0  # journal entries that are in the index
+        self._waiting = 0
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._batch_lock = threading.Lock()
+        self.settled = 0
+        # No blob is removed before the index is known to hold every reference. Taken back for good when a batch is
+        # lost: a reference nobody counted could then be the last one.
+        self.index_is_complete = False
+        self.lost_a_batch = False
+
+    def attach(self, matcher: Matcher, recording: Recording) -> None:
+        self._matcher, self._recording = matcher, recording
+
+    # -- called while apps wait ---------------------------------------------------------------------------------------
+
+    def enqueue(self, ino: Ino, path: bytes, digest: Digest | None = None) -> None:
+        """A file was written and closed."""
+        with self._condition:
+            self._backlog.pop(ino, None)
+            self._fresh[ino] = _Pending(path, digest)
+            self._condition.notify_all()
+
+    def note(self, entry: Entry) -> None:
+        with self._condition:
+            self._journal.append(entry)
+            self._condition.notify_all()
+
+    def moved(self, old: bytes, new: bytes) -> None:
+        """A path changed: keep those of pending files true. The caller is inside the gate."""
+        with self._condition:
+            for queue in (self._fresh, self._backlog, self._working):
+                for item in queue.values():
+                    if item.path == old:
+                        item.path = new
+                    elif item.path.startswith(old + b"/"):
+                        item.path = new + item.path[len(old) :]
+
+    def is_pending(self, ino: Ino) -> bool:
+        with self._condition:
+            if ino in self._fresh or ino in self._backlog or ino in self._working:
+                return True
+        return self._openfiles.is_written(Key(self._device, ino))
+
+    # -- called by a scan ---------------------------------------------------------------------------------------------
+
+    def offer(self, ino: Ino, path: bytes) -> None:
+        """The index does not know this file as it is."""
+        with self._condition:
+            if ino not in self._fresh:
+                self._backlog[ino] = _Pending(path)
+            self._condition.notify_all()
+
+    # -- waiting ------------------------------------------------------------------------------------------------------
+
+    def wait_settled(self, key: Key, timeout_s: float) -> bool:
+        """Wait until this file is settled and every name as of now is in the index. False when that took too long."""
+        deadline = time.monotonic() + timeout_s
+        self._openfiles.wait_until_closed(key, min(timeout_s, 2.0))
+        queues = (self._fresh, self._backlog, self._working)
+        return self._wait(lambda: not any(key.ino in queue for queue in queues), deadline - time.monotonic())
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing at all is pending."""
+        return self._wait(lambda: not (self._fresh or self._backlog or self._working), timeout_s)
+
+    def _wait(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
+        with self._condition:
+            if self._thread is None:
+                return done()
+            target = self._journal.appended
+            self._waiting += 1
+            self._condition.notify_all()
+            try:
+                return self._condition.wait_for(
+                    lambda: (done() and self._applied >= target) or self._stopping, timeout_s
+                )
+            finally:
+                self._waiting -= 1
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, no name and no file changes, and the index holds everything that was noted before."""
+        while True:
+            with self._batch_lock:
+                batch = self._index.batch()
+                self._apply_journal(batch)
+                batch.commit()
+                with self._gate.exclusive():
+                    if not len(self._journal):
+                        with self._condition:
+                            self._applied = self._journal.appended
+                        yield
+                        return
+
+    def pending(self) -> int:
+        with self._condition:
+            return len(self._fresh) + len(self._backlog) + len(self._working)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Take over the queue of the last clean stop."""
+        for ino, path in self._index.load_queue():
+            self._backlog[ino] = _Pending(path)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="settle", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the file in hand, write the journal to the index, and save what is pending.
+
+        Raises StoreError when the index cannot be written; then it does not agree with the tree any more.
+        """
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        with self._batch_lock:
+            batch = self._index.batch()
+            self._apply_journal(batch)
+            batch.commit()
+        waiting = {**self._fresh, **self._backlog, **self._working}
+        self._index.save_queue([(ino, item.path) for ino, item in waiting.items()])
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(
+                    lambda: self._fresh or self._backlog or len(self._journal) or self._stopping,
+                    # A blob that nothing refers to may only have to wait for a reader to close it.
+                    timeout=1.0 if self._recording.unreferenced and self.index_is_complete else None,
+                )
+                if self._stopping:
+                    return
+            try:
+                self._work()
+            except StoreError as error:
+                log.error("%s; trying again", error)
+                self._lose_batch()
+            except Exception:
+                # A bug that one file meets must not leave all others unsettled.
+                log.exception("settling failed; trying again")
+                self._lose_batch()
+
+    def _lose_batch(self) -> None:
+        with self._condition:
+            self.index_is_complete, self.lost_a_batch = False, True
+            for ino, item in self._working.items():
+                self._backlog.setdefault(ino, _Pending(item.path))
+            self._working.clear()
+            self._applied = self._journal.appended - len(self._journal)
+            self._condition.wait_for(lambda: self._stopping, _RETRY_S)
+
+    def work_off(self, progress: Callable[[int, int], None]) -> None:
+        """Settle everything pending in the calling thread, for commands without a mount. Raises StoreError."""
+        while True:
+            self._work()
+            progress(self.settled, self.pending())
+            if not self.pending() and not len(self._journal):
+                return
+
+    def _work(self) -> None:
+        """One batch: names and files in the order they came, then one transaction, then blobs nobody needs."""
+        done: list[Ino] = []
+        with self._batch_lock:
+            batch = self._index.batch()
+            deadline = time.monotonic() + _BATCH_S
+            while len(done) < _BATCH_FILES and (taken := self._take(batch)) is not None:
+                done.append(taken[0])
+                self._settle(batch, *taken)
+                with self._condition:
+                    if self._stopping or self._waiting or time.monotonic() > deadline:
+                        break
+            applied = self._journal.appended - len(self._journal)
+            batch.commit()
+            self._remove_unreferenced()
+        with self._condition:
+            for ino in done:
+                self._working.pop(ino, None)
+            self._applied = applied
+            self.settled += len(done)
+            self._condition.notify_all()
+
+    def _take(self, batch: Batch) -> tuple[Ino, _Pending] | None:
+        """The next file, with every name noted before it was queued applied: its inode number may have been another's,
+        whose end is in the journal."""
+        while True:
+            with self._condition:
+                if not len(self._journal):
+                    queue = self._fresh or self._backlog
+                    if not queue:
+                        return None
+                    ino = next(iter(queue))
+                    item = self._working[ino] = queue.pop(ino)
+                    self._condition.notify_all()
+                    return ino, item
+            self._apply_journal(batch)
+
+    def _apply_journal(self, batch: Batch) -> None:
+        with self._condition:
+            entries = self._journal.drain()
+        for entry in entries:
+            self._recording.apply(batch, entry)
+
+    def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> None:
+        while True:
+            path = item.path
+            try:
+                self._matcher.settle(batch, ino, path, item.digest)
+            except (InUse, GivenUp):
+                if not self._openfiles.settle_when_closed(Key(self._device, ino)):
+                    self._again(ino, item)
+            except (FileNotFoundError, NotADirectoryError):
+                if item.path != path:
+                    continue  # renamed while we looked
+            except Changed:
+                self._again(ino, item)
+            except (OSError, DedupfsError) as error:
+                log.warning("%s is not settled: %s", os.fsdecode(path), error)
+            return
+
+    def _again(self, ino: Ino, item: _Pending) -> None:
+        with self._condition:
+            self._fresh.setdefault(ino, _Pending(item.path))
+
+    def _remove_unreferenced(self) -> None:
+        """Remove the blobs that lost their last reference. The batch is committed: the index counts them all."""
+        for content in list(self._recording.unreferenced) if self.index_is_complete else []:
+            with self._gate.exclusive():
+                # Inside the gate no app makes a reference; one that was made before is still in the journal.
+                with self._condition:
+                    noted = len(self._journal)
+                if noted or self._openfiles.uses(content):
+                    continue
+                if not self.is_referenced(content):
+                    self._references.unlink_blob(content)
+                self._recording.unreferenced.discard(content)
+
+    def is_referenced(self, content: ContentKey) -> bool:
+        """Whether the index knows a reference to this content."""
+        records = (self._index.file(ino) for ino in self._index.sharers(content))
+        return any(record is not None and record.state is FileState.REFERENCE for record in records)

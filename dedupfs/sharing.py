@@ -1,0 +1,387 @@
+"""Share and materialise: the only place where a path changes the inode behind it.
+
+Two strategies, chosen once a mount. `ReferenceSharing`: one blob, and at each path a small inode that names it; for any
+filesystem with hard links, sparse files and xattrs. `ReflinkSharing`: the kernel compares two files and lets them share
+extents; for XFS and btrfs, and nothing needs to be kept.
+
+References, step by step (F is known, G is new; same bytes, both watched, so that nobody writes meanwhile):
+
+    fsync F · reference for F in staging/ · link F as the blob · rename staging/… over F   [F is a reference]
+    fsync the blob's directory · seal the blob                                             [the blob is durable]
+    reference for G in staging/ · rename it over G                                         [G is a reference]
+
+A crash between any two leaves each path either as it was or as a reference whose blob is there, and perhaps a leftover
+in staging/, which names the blob it was made for: `sweep` deletes it, and takes the blob's name back if F was not yet
+replaced. The renames happen inside the exclusive gate, after a last look that F or G is still what was compared.
+Where the filesystem does not keep metadata in order, every reference and directory is flushed before it is relied on.
+
+Materialising copies the blob into the reference's own inode, marked `materialising` meanwhile; a crash leaves the mark,
+and `recover` empties the inode again: until the mark is gone the blob is the truth. A blob is never modified.
+"""
+
+import errno
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+from .backing import Backing
+from .blobs import Blobs
+from .digest import same_bytes
+from .errors import DamagedContent, StoreError
+from .model import ContentKey, FileState, Reference, Stamp
+from .openfiles import Gate, InUse, Key, OpenFiles, Watch
+from .store import QUARANTINE, STAGING
+
+log = logging.getLogger(__name__)
+
+
+class Changed(Exception):
+    """What was looked at is not there any more; whoever changed it has it settled again."""
+
+
+class Settled:
+    """A watched regular file whose digest is known: `fd` is open for reading, `stamp` was true when it was hashed."""
+
+    __slots__ = ("fd", "key", "path", "stamp", "watch")
+
+    def __init__(self, path: bytes, fd: int, stamp: Stamp, key: Key, watch: Watch) -> None:
+        self.path, self.fd, self.stamp, self.key, self.watch = path, fd, stamp, key, watch
+
+
+# Told of each path whose state changed, at once, with what is there now: a failure that follows must not lose it.
+Recorder = Callable[[Settled, os.stat_result, FileState], None]
+
+
+class Sharing(Protocol):
+    """How files of equal content come to use one set of blocks.
+
+    Both methods answer False, with nothing changed, when the bytes differ. They raise Changed, GivenUp, InUse and
+    OSError with each path either as it was, or shared and recorded.
+    """
+
+    name: str
+
+    def share(self, known: Settled, new: Settled, content: ContentKey, record: Recorder) -> bool:
+        """Share `new` with another file."""
+
+    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey, record: Recorder) -> bool:
+        """Share `new` with a blob."""
+
+
+class ReflinkSharing:
+    """Shared extents. The kernel compares under its own locks, so neither a crash nor a writer can come between."""
+
+    name = "reflink"
+
+    def __init__(self, backing: Backing) -> None:
+        self._backing = backing
+
+    def share(self, known: Settled, new: Settled, content: ContentKey, record: Recorder) -> bool:
+        if not self.share_with_blob(known.fd, new, content, record):
+            return False
+        record(known, os.fstat(known.fd), FileState.SHARED)
+        return True
+
+    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey, record: Recorder) -> bool:
+        if not self._backing.dedupe(blob_fd, new.fd, new.stamp.size_bytes):
+            return False
+        record(new, os.fstat(new.fd), FileState.SHARED)
+        return True
+
+
+class ReferenceSharing:
+    """References to blobs; also what undoes them, whichever strategy a mount uses for new files."""
+
+    name = "reference"
+
+    def __init__(self, backing: Backing, blobs: Blobs, openfiles: OpenFiles, gate: Gate) -> None:
+        self._backing, self._blobs = backing, blobs
+        self._openfiles, self._gate = openfiles, gate
+        self._names = itertools.count()
+
+    # -- sharing ------------------------------------------------------------------------------------------------------
+
+    def share(self, known: Settled, new: Settled, content: ContentKey, record: Recorder) -> bool:
+        def checkpoint() -> None:
+            known.watch.checkpoint()
+            new.watch.checkpoint()
+
+        if not same_bytes(known.fd, new.fd, checkpoint):
+            return False
+        record(known, self.publish(known, content, durable=True), FileState.REFERENCE)
+        record(new, self.refer(new, content), FileState.REFERENCE)
+        return True
+
+    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey, record: Recorder) -> bool:
+        if not same_bytes(blob_fd, new.fd, new.watch.checkpoint):
+            return False
+        # It may have been published without being flushed, by a copy inside the mount.
+        self._backing.fsync(blob_fd)
+        record(new, self.refer(new, content), FileState.REFERENCE)
+        return True
+
+    def publish(self, known: Settled, content: ContentKey, *, durable: bool) -> os.stat_result:
+        """Make the inode of `known` the blob of `content`, and its path a reference to it, whose stat is answered.
+
+        `known` may be open for reading. Without `durable` (only where metadata keeps its order, and only for a file
+        that nobody was promised to be on disk) nothing is flushed.
+        """
+        return self._become_blob(known, content, "publish", self._blobs.publish, durable=durable)
+
+    def heal(self, good: Settled, rotten: ContentKey) -> os.stat_result:
+        """Like `publish`, where the blob exists and is not what its digest says, or is missing.
+
+        The damaged one goes to quarantine/. Every reference to it reads the good bytes from its next open on.
+        """
+        return self._become_blob(good, rotten, "heal", self._blobs.supersede, durable=True)
+
+    def _become_blob(
+        self,
+        known: Settled,
+        content: ContentKey,
+        label: str,
+        enter: Callable[[bytes, ContentKey], None],
+        *,
+        durable: bool,
+    ) -> os.stat_result:
+        durable = durable or not self._backing.orders_metadata
+        if durable:
+            self._backing.fsync(known.fd)
+        reference = Reference(content, known.stamp.size_bytes)
+        with self._gate.exclusive():
+            self._verify(known)
+            staged = self._stage(known, reference, label)
+            spare = []
+            try:
+                for _ in range(self._openfiles.count_handles(known.key)):
+                    spare.append(self._backing.open(staged, os.O_RDONLY))
+                enter(known.path, content)
+                if not self._backing.orders_metadata:
+                    self._blobs.flush_name(content)
+                st = self._replace(known, staged)
+            except BaseException:
+                # Whatever name the blob got, `sweep` would take it back for as long as the leftover is there.
+                self._take_back(staged)
+                for fd in spare:
+                    os.close(fd)
+                raise
+            self._openfiles.follow(known.key, Key.of(st), reference, known.fd, spare)
+        if durable:
+            self._blobs.flush_name(content)
+        with suppress(OSError):  # the blob is complete; a seal that is missing is what fsck reports and mends
+            self._blobs.seal(content)
+        return st
+
+    def refer(self, new: Settled, content: ContentKey) -> os.stat_result:
+        """Put a reference to an existing blob at the path of `new`, whose own inode goes. Answers the new one's stat.
+
+        Raises InUse when an app has the file open.
+        """
+        with self._gate.exclusive():
+            self._verify(new)
+            if self._openfiles.get(new.key) is not None:
+                raise InUse("open for reading")
+            staged = self._stage(new, Reference(content, new.stamp.size_bytes), "refer")
+            try:
+                return self._replace(new, staged)
+            except BaseException:
+                self._backing.unlink(staged)
+                raise
+
+    def _verify(self, file: Settled) -> None:
+        """Inside the gate: the path still leads to the inode that was compared, and nobody changed it."""
+        file.watch.checkpoint()
+        try:
+            st = self._backing.lstat(file.path)
+        except FileNotFoundError:
+            raise Changed("gone") from None
+        if Key.of(st) != file.key or Stamp.of(st) != file.stamp or st.st_nlink != 1:
+            raise Changed("changed meanwhile")
+
+    def _stage(self, original: Settled, reference: Reference, label: str) -> bytes:
+        """A complete reference in staging/ with everything that belongs to the file at `original.path`."""
+        st = os.fstat(original.fd)
+        # The inode in the name tells `_take_back` which blob is the one that was made from it.
+        path = b"%s/%s.%d.%d.%d" % (STAGING, label.encode(), st.st_ino, os.getpid(), next(self._names))
+        fd = self._backing.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            self._backing.fset_reference(fd, reference)
+            self._backing.ftruncate(fd, reference.size_bytes)
+            if (st.st_uid, st.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(fd, st.st_uid, st.st_gid)
+            # The mode goes first: setting an ACL afterwards finds the group bits it must have.
+            os.fchmod(fd, stat.S_IMODE(st.st_mode))
+            for name in os.listxattr(original.fd):
+                _copy_xattr(original.fd, fd, name)
+            os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+            if not self._backing.orders_metadata:
+                self._backing.fsync(fd)
+        except BaseException:
+            self._backing.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+        return path
+
+    def _replace(self, file: Settled, staged: bytes) -> os.stat_result:
+        """Rename a staged reference over the path, and let its directory look as if nothing had happened."""
+        directory = os.path.dirname(file.path)
+        before = self._backing.lstat(directory)
+        self._backing.rename(staged, file.path)
+        st = self._backing.lstat(file.path)
+        with suppress(OSError):  # a wrong time of a directory is not worth undoing anything for
+            self._backing.set_mtime(directory, before.st_mtime_ns)
+        return st
+
+    def refer_in_place(self, fd: int, content: ContentKey, size_bytes: int) -> Reference:
+        """Make an empty file, open for writing, a reference.
+
+        In this order: a record on an empty file says that the file is empty, so every instant is valid.
+        """
+        reference = Reference(content, size_bytes)
+        self._backing.fset_reference(fd, reference)
+        self._backing.ftruncate(fd, size_bytes)
+        return reference
+
+    # -- undoing ------------------------------------------------------------------------------------------------------
+
+    def load(self, fd: int, st: os.stat_result) -> Reference | None:
+        """The reference behind an open descriptor, None for a plain file.
+
+        Raises DamagedContent for a reference that something outside dedupfs has written to: neither its blob nor its
+        blocks can be called its content.
+        """
+        if not stat.S_ISREG(st.st_mode) or not st.st_size:
+            # A record on an empty file means an empty file: that is how truncating one begins.
+            return None
+        reference = self._backing.fread_reference(fd)
+        if reference is None:
+            return None
+        if reference.materialising:
+            return reference
+        if st.st_size != reference.size_bytes or (st.st_blocks and self._backing.has_data(fd)):
+            raise DamagedContent("a reference was written to from outside dedupfs; run dedupfs fsck")
+        return reference
+
+    def materialise(
+        self, fd: int, reference: Reference, blob_fd: int, length: int | None = None, *, verify: bool = False
+    ) -> None:
+        """Bring the content (or its first `length` bytes) into the reference's own inode, which is plain afterwards.
+
+        `fd` is open for writing; with `verify`, for reading too, and the copy is compared before it is relied on. The
+        times stay as they were. Raises OSError, with the reference as it was.
+        """
+        if reference.materialising:
+            abandon(self._backing, fd, reference)
+        st = os.fstat(fd)
+        size_bytes = reference.size_bytes if length is None else length
+        marked = replace(reference, materialising=True, mtime_ns=st.st_mtime_ns)
+        self._backing.fset_reference(fd, marked)
+        try:
+            self._backing.copy_range(blob_fd, fd, min(size_bytes, reference.size_bytes))
+            if size_bytes != reference.size_bytes:
+                self._backing.ftruncate(fd, size_bytes)
+            os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+            self._backing.fsync(fd)
+            if verify and not same_bytes(blob_fd, fd):
+                raise OSError(errno.EIO, "the copy differs from its blob")
+            self._backing.fremove_reference(fd)
+        except OSError:
+            abandon(self._backing, fd, marked)
+            raise
+
+    def discard(self, fd: int) -> None:
+        """Make a reference an empty plain file. First the size: the other way round a crash leaves a file of zeros."""
+        self._backing.ftruncate(fd, 0)
+        self._backing.fremove_reference(fd)
+
+    def unlink_blob(self, content: ContentKey) -> None:
+        """Remove a blob that nothing refers to. The caller is inside the exclusive gate and has made certain."""
+        if not self._backing.orders_metadata:
+            os.sync()  # the last reference must be gone for good before its blob is
+        self._blobs.remove(content)
+
+    # -- after a crash ------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> int:
+        """Clear staging/ of what a crash left. Nobody shares yet. Answers how many leftovers there were."""
+        count = 0
+        for entry in list(self._backing.scandir(STAGING)):
+            path = STAGING + b"/" + os.fsencode(entry.name)
+            st = self._backing.lstat(path)
+            if entry.name.partition(".")[0] not in ("publish", "heal", "refer", "probe", "detach"):
+                # Not a name of ours. Somebody's bytes: keep them.
+                self._backing.rename(path, QUARANTINE + b"/" + os.fsencode(entry.name))
+                log.warning("set aside %s, found in staging", entry.name)
+            elif stat.S_ISREG(st.st_mode):
+                self._take_back(path)
+                count += 1
+        return count
+
+    def _take_back(self, staged: bytes) -> None:
+        """Undo what a staged reference was made for, and delete it.
+
+        A file that has a blob's name beside its own must lose one of the two, or whoever writes to it next changes what
+        others read. Publishing: nothing refers to the blob before the path is replaced, so its name goes. Healing:
+        references exist, so the blob gets an inode of its own.
+        """
+        label, ino, *_ = os.path.basename(staged).split(b".")
+        if label in (b"publish", b"heal"):
+            try:
+                reference = self._backing.read_reference(staged)
+            except StoreError:
+                reference = None  # not even the reference was complete: no blob has a name yet
+            blob = self._blobs.stat(reference.content) if reference is not None else None
+            if reference is not None and blob is not None and blob.st_ino == int(ino) and blob.st_nlink > 1:
+                if label == b"publish":
+                    self._blobs.remove(reference.content)
+                else:
+                    self._blobs.detach(reference.content)
+        self._backing.unlink(staged)
+
+
+def abandon(backing: Backing, fd: int, reference: Reference) -> None:
+    """Undo a materialising that did not finish: empty the inode, put its size and time back, clear the mark.
+
+    In this order: while the mark is there, the blob is the truth.
+    """
+    # Straight to 0 would, without the mark, mean an empty file; with the mark it cannot be misread.
+    backing.ftruncate(fd, 0)
+    backing.ftruncate(fd, reference.size_bytes)
+    os.utime(fd, ns=(os.fstat(fd).st_atime_ns, reference.mtime_ns))
+    backing.fset_reference(fd, replace(reference, materialising=False, mtime_ns=0))
+
+
+def _copy_xattr(source: int, target: int, name: str) -> None:
+    value = os.getxattr(source, name)
+    try:
+        os.setxattr(target, name, value)
+    except OSError:
+        # A label that only the system may set, and has set already.
+        if os.getxattr(target, name) != value:
+            raise
+
+
+def supports_reflink(backing: Backing) -> bool:
+    """Whether files of this source can share extents: tried, on two scratch files."""
+    names = [b"%s/probe.%d.%d" % (STAGING, os.getpid(), number) for number in range(2)]
+    descriptors: list[int] = []
+    try:
+        for name in names:
+            descriptors.append(backing.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+        os.pwrite(descriptors[0], b"dedupfs!" * 512, 0)
+        backing.clone(descriptors[0], descriptors[1])
+    except OSError:
+        return False
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+        for name in names:
+            with suppress(FileNotFoundError):
+                backing.unlink(name)
+    return True

@@ -1,0 +1,176 @@
+"""The `.dedupfs` directory: its layout, its format version, its one owner, and whether it was left in order.
+
+    .dedupfs/          mode 0700
+        format         JSON: {"version": 1, "uuid": "…"}; written once
+        lock           flock()ed by the one process that may change the store
+        clean          exists while nobody owns the store and its index agrees with the tree
+        daemon.json    while mounted: {"pid": …, "mountpoint": …, "socket": …}
+        blobs/         canonical contents (see `blobs`)
+        index/         LMDB (see `index`)
+        staging/       references under construction; anything left here by a crash is swept at the next start
+        orphans/       files that were unlinked while open; swept at the next start
+        quarantine/    what was found damaged or foreign: never deleted by dedupfs
+
+A store is opened by whoever is about to change it (a mount, or an offline command), never by two.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import uuid
+from contextlib import suppress
+from typing import Self
+
+from .backing import Backing
+from .errors import Busy, SourceError, StoreError, UnknownFormat
+from .model import STORE_DIRECTORY
+
+FORMAT_VERSION = 1
+
+_FORMAT = STORE_DIRECTORY + b"/format"
+_LOCK = STORE_DIRECTORY + b"/lock"
+_CLEAN = STORE_DIRECTORY + b"/clean"
+_DAEMON = STORE_DIRECTORY + b"/daemon.json"
+
+BLOBS = STORE_DIRECTORY + b"/blobs"
+INDEX = STORE_DIRECTORY + b"/index"
+STAGING = STORE_DIRECTORY + b"/staging"
+ORPHANS = STORE_DIRECTORY + b"/orphans"
+QUARANTINE = STORE_DIRECTORY + b"/quarantine"
+_DIRECTORIES = (BLOBS, INDEX, STAGING, ORPHANS, QUARANTINE)
+
+
+class Store:
+    """An owned store. Use as a context manager, or call `close`."""
+
+    def __init__(self, backing: Backing) -> None:
+        """Take the store of this source, making it on first use.
+
+        Raises Busy when another process owns it, UnknownFormat when a newer version wrote it, StoreError when its
+        format file is damaged, SourceError when the source cannot be written.
+        """
+        self._backing = backing
+        shown = os.fsdecode(backing.source)
+        try:
+            with suppress(FileExistsError):
+                backing.mkdir(STORE_DIRECTORY, 0o700)
+            self._lock_fd = backing.open(_LOCK, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            reason = error.strerror
+            if error.errno == errno.EROFS:
+                reason = "it is read-only; dedupfs keeps its store in it"
+            raise SourceError(f"cannot make a store in {shown}: {reason}") from None
+        try:
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"{shown} is in use by another dedupfs ({self._owner()})") from None
+            self.uuid = self._read_or_write_format()
+            for directory in _DIRECTORIES:
+                with suppress(FileExistsError):
+                    backing.mkdir(directory, 0o700)
+            self.was_clean = self._take_clean_mark()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def _owner(self) -> str:
+        daemon = read_daemon(self._backing)
+        return f"mounted at {daemon['mountpoint']}, pid {daemon['pid']}" if daemon else "an offline command"
+
+    def _read_or_write_format(self) -> str:
+        shown = os.fsdecode(self._backing.source + b"/" + _FORMAT)
+        raw = _read(self._backing, _FORMAT)
+        if not raw:
+            # Empty is what a crash between creating and writing leaves; nothing else can exist before it is written.
+            identity = str(uuid.uuid4())
+            _write(self._backing, _FORMAT, json.dumps({"version": FORMAT_VERSION, "uuid": identity}).encode())
+            self._backing.fsync_directory(STORE_DIRECTORY)
+            self._backing.fsync_directory(b"")
+            return identity
+        try:
+            known = json.loads(raw)
+            version, identity = int(known["version"]), str(known["uuid"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"{shown} is damaged; restore that file from a backup of the store") from None
+        if version != FORMAT_VERSION:
+            raise UnknownFormat(f"{shown} says format {version}, this dedupfs knows {FORMAT_VERSION}; use a newer one")
+        return identity
+
+    def _take_clean_mark(self) -> bool:
+        try:
+            self._backing.unlink(_CLEAN)
+        except FileNotFoundError:
+            return False
+        # The mark must be gone for good before anything changes, or a power loss would bring it back beside an index
+        # that no longer agrees with the tree.
+        self._backing.fsync_directory(STORE_DIRECTORY)
+        return True
+
+    def mark_clean(self) -> None:
+        """Say that index and tree agree. The caller has made the index durable and changes nothing afterwards."""
+        _write(self._backing, _CLEAN, b"")
+        self._backing.fsync_directory(STORE_DIRECTORY)
+
+    def announce(self, *, mountpoint: str, socket: str) -> None:
+        """Leave word where the mount that owns this store is to be found."""
+        record = {"pid": os.getpid(), "mountpoint": mountpoint, "socket": socket}
+        _write(self._backing, _DAEMON, json.dumps(record).encode())
+
+    def withdraw(self) -> None:
+        with suppress(FileNotFoundError):
+            self._backing.unlink(_DAEMON)
+
+    def close(self) -> None:
+        os.close(self._lock_fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_owned(backing: Backing) -> bool:
+    """Whether some process owns the store of this source now."""
+    try:
+        fd = backing.open(_LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def read_daemon(backing: Backing) -> dict[str, object] | None:
+    """What the mount that owns the store announced, None when there is nothing (or nothing legible)."""
+    try:
+        record = json.loads(_read(backing, _DAEMON) or b"null")
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"pid", "mountpoint", "socket"} <= record.keys() else None
+
+
+def _read(backing: Backing, path: bytes) -> bytes:
+    try:
+        fd = backing.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return b""
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
+def _write(backing: Backing, path: bytes, content: bytes) -> None:
+    """Durable before it is visible: a reader meets the old file or the new one, never a part."""
+    draft = path + b".new"
+    fd = backing.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        backing.fsync(fd)
+    backing.rename(draft, path)

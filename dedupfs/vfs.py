@@ -1,0 +1,381 @@
+"""The tree as apps see it: names and attributes. No FUSE here, and no file content (that is `fileio`).
+
+Every path is as the kernel resolved it: no symbolic links on the way, `.dedupfs` included, which does not exist here.
+Whoever changes a name or an attribute passes the gate, and notes for the index what changed. Permissions were checked
+by the kernel (default_permissions); what is created belongs to the caller.
+"""
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from .backing import RENAME_EXCHANGE, Backing
+from .duplicates import Answers
+from .errors import StoreError
+from .fileio import FileIo
+from .journal import DirectoryNamed, Named, Touched, Unnamed
+from .model import ROOT, STORE_DIRECTORY, Caller, Ino, Link
+from .openfiles import Gate, Handle, Key, OpenFiles
+from .settle import Settler
+from .store import ORPHANS
+
+OUR_XATTRS = b"user.dedupfs."
+_RESERVED_XATTRS = (OUR_XATTRS, b"trusted.dedupfs.")
+_DEFAULT_ACL = b"system.posix_acl_default"
+_CAPABILITY = b"security.capability"
+
+# What libfuse calls an open file that is being unlinked (hidden_name in its fuse.c): inode and counter.
+_UNLINKED_OPEN = re.compile(rb"\.fuse_hidden[0-9a-f]{16}")
+
+
+class Entry(NamedTuple):
+    """A directory entry; `attributes` are what `getattr` answers, when they were asked for."""
+
+    name: bytes
+    ino: Ino
+    type_bits: int
+    attributes: tuple[os.stat_result, int] | None
+
+
+def _errno(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class Vfs:
+    """Path operations on the mount. Any number of threads; raises OSError and DedupfsError."""
+
+    def __init__(
+        self, backing: Backing, openfiles: OpenFiles, gate: Gate, settler: Settler, io: FileIo, answers: Answers
+    ) -> None:
+        self._backing, self._openfiles, self._gate = backing, openfiles, gate
+        self._settler, self.io, self._answers = settler, io, answers
+        self.control_path = b""  # where the mount listens for commands; set before it serves
+        self._orphans: set[bytes] = set()
+
+    # -- paths --------------------------------------------------------------------------------------------------------
+
+    def _resolve(self, path: bytes) -> bytes:
+        """The backing path. Raises ENOENT for the store; an open file that was unlinked is among the orphans."""
+        if path.startswith(STORE_DIRECTORY) and path[len(STORE_DIRECTORY) :][:1] in (b"", b"/"):
+            raise _errno(errno.ENOENT)
+        if self._orphans:
+            name = path.rpartition(b"/")[2]
+            if name in self._orphans:
+                return ORPHANS + b"/" + name
+        return path
+
+    def _resolve_new(self, path: bytes) -> bytes:
+        """The backing path of a name that is to be made."""
+        if path == STORE_DIRECTORY:
+            raise _errno(errno.EPERM)
+        return self._resolve(path)
+
+    def _link(self, path: bytes) -> Link:
+        directory, _, name = path.rpartition(b"/")
+        parent = self._backing.root_ino if directory == ROOT else Ino(self._backing.lstat(directory).st_ino)
+        return Link(parent, name)
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def getattr(self, path: bytes) -> tuple[os.stat_result, int]:
+        """Attributes, and the number of 512-byte blocks to report."""
+        path = self._resolve(path)
+        st = self._backing.lstat(path)
+        return st, self._blocks(st, path)
+
+    def getattr_open(self, handle: Handle) -> tuple[os.stat_result, int]:
+        st = os.fstat(handle.own_fd)
+        return st, _full_blocks(st) if handle.inode.reference is not None else st.st_blocks
+
+    def _blocks(self, st: os.stat_result, path: bytes) -> int:
+        """A reference reports the blocks of its content, so that nobody takes it for a file of holes."""
+        if self._backing.may_be_reference(st):
+            with suppress(StoreError):
+                if self._backing.read_reference(path) is not None:
+                    return _full_blocks(st)
+        return st.st_blocks
+
+    def readlink(self, path: bytes) -> bytes:
+        return self._backing.readlink(self._resolve(path))
+
+    def opendir(self, path: bytes) -> int:
+        return self._backing.open(self._resolve(path), os.O_RDONLY | os.O_DIRECTORY)
+
+    def readdir(self, fd: int, *, attributes: bool) -> Iterator[Entry]:
+        """Entries of an open directory, without . and .. ."""
+        at_root = os.fstat(fd).st_ino == self._backing.root_ino
+        path = self._backing.path_of(fd) if attributes else None
+        prefix = path + b"/" if path else b""
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                name = os.fsencode(entry.name)
+                if at_root and name == STORE_DIRECTORY:
+                    continue
+                found = None
+                if attributes and path is not None:
+                    try:
+                        st = entry.stat(follow_symlinks=False)
+                        found = st, self._blocks(st, prefix + name)
+                    except OSError:
+                        continue  # removed while we listed
+                yield Entry(name, Ino(entry.inode()), _type_of(entry), found)
+
+    def statfs(self) -> os.statvfs_result:
+        return self._backing.statvfs()
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    def _mode(self, path: bytes, mode: int, caller: Caller) -> int:
+        """The mode to create with: a default ACL of the directory takes the place of the umask (acl(5))."""
+        if caller.umask & mode:
+            try:
+                self._backing.getxattr(os.path.dirname(path), _DEFAULT_ACL)
+            except OSError:
+                return mode & ~caller.umask
+        return mode
+
+    def _give(self, path: bytes, caller: Caller) -> None:
+        """A new inode belongs to who made it; its group is the directory's where that is set-group-id."""
+        if not self._backing.privileged or (caller.uid, caller.gid) == (0, 0):
+            return
+        parent = self._backing.lstat(os.path.dirname(path))
+        self._backing.chown(path, caller.uid, -1 if parent.st_mode & stat.S_ISGID else caller.gid)
+
+    def create(self, path: bytes, flags: int, mode: int, caller: Caller) -> Handle:
+        path = self._resolve_new(path)
+        try:
+            with self._gate.shared():
+                mode = self._mode(path, mode, caller)
+                handle = self.io.create(path, flags, mode)
+                try:
+                    self._give(path, caller)
+                    if mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
+                        os.fchmod(handle.own_fd, stat.S_IMODE(mode))
+                        handle.inode.privileges_checked = False
+                except BaseException:
+                    self._backing.unlink(path)
+                    self.io.release(handle)
+                    raise
+                return handle
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+        return self.io.open(path, flags, caller)
+
+    def mknod(self, path: bytes, mode: int, device: int, caller: Caller) -> None:
+        path = self._resolve_new(path)
+        with self._gate.shared():
+            mode = self._mode(path, mode, caller)
+            self._backing.mknod(path, mode, device)
+            self._give(path, caller)
+            if mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
+                self._backing.chmod(path, stat.S_IMODE(mode))
+            if stat.S_ISREG(mode):
+                st = self._backing.lstat(path)
+                if st.st_dev == self._backing.device:
+                    self._settler.enqueue(Ino(st.st_ino), path)
+
+    def mkdir(self, path: bytes, mode: int, caller: Caller) -> None:
+        path = self._resolve_new(path)
+        with self._gate.shared():
+            self._backing.mkdir(path, self._mode(path, mode, caller))
+            self._give(path, caller)
+
+    def symlink(self, target: bytes, path: bytes, caller: Caller) -> None:
+        path = self._resolve_new(path)
+        with self._gate.shared():
+            self._backing.symlink(target, path)
+            self._give(path, caller)
+
+    def link(self, path: bytes, new: bytes) -> os.stat_result:
+        """Answers the attributes of the inode, which other names show as well."""
+        path, new = self._resolve(path), self._resolve_new(new)
+        with self._gate.shared():
+            self._backing.link(path, new)
+            st = self._backing.lstat(new)
+            if stat.S_ISREG(st.st_mode):
+                self._settler.note(Named(Ino(st.st_ino), self._link(new)))
+            return st
+
+    # -- opening and resizing -----------------------------------------------------------------------------------------
+
+    def open(self, path: bytes, flags: int, caller: Caller) -> Handle:
+        return self.io.open(self._resolve(path), flags, caller)
+
+    def truncate(self, path: bytes | None, handle: Handle | None, size_bytes: int, caller: Caller) -> None:
+        if handle is not None and handle.writes:
+            self.io.truncate(handle, size_bytes, caller)
+        else:
+            self.io.truncate_path(self._resolve(path or ROOT), size_bytes, caller)
+
+    # -- removing and moving ------------------------------------------------------------------------------------------
+
+    def unlink(self, path: bytes) -> os.stat_result:
+        """Answers the attributes that the inode had."""
+        name = path.rpartition(b"/")[2]
+        if name in self._orphans:
+            backing_path = ORPHANS + b"/" + name
+            with self._gate.shared():
+                st = self._backing.lstat(backing_path)
+                self._backing.unlink(backing_path)
+                self._orphans.discard(name)
+                self._settler.note(Unnamed(Ino(st.st_ino), Link(Ino(0), name), gone=st.st_nlink == 1))
+            return st
+        path = self._resolve(path)
+        with self._gate.shared():
+            st = self._backing.lstat(path)
+            link = self._link(path)
+            self._backing.unlink(path)
+            self._note_unnamed(st, link)
+        return st
+
+    def _note_unnamed(self, st: os.stat_result, link: Link) -> None:
+        if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
+            self._settler.note(Unnamed(Ino(st.st_ino), link, gone=st.st_nlink == 1))
+
+    def rmdir(self, path: bytes) -> None:
+        path = self._resolve(path)
+        with self._gate.shared():
+            st = self._backing.lstat(path)
+            self._backing.rmdir(path)
+            self._settler.note(DirectoryNamed(Ino(st.st_ino), None))
+
+    def rename(self, path: bytes, new: bytes, flags: int) -> tuple[os.stat_result, os.stat_result | None]:
+        """Answers the attributes of what was moved, and of what it replaced or was exchanged with."""
+        name = new.rpartition(b"/")[2]
+        path = self._resolve(path)
+        if not flags and _UNLINKED_OPEN.fullmatch(name):
+            st = self._backing.lstat(path)
+            if self._openfiles.get(Key.of(st)) is not None:
+                return self._hide(path, name, st), None
+        new = self._resolve_new(new)
+        with self._gate.shared():
+            st = self._backing.lstat(path)
+            replaced: os.stat_result | None = None
+            with suppress(FileNotFoundError, NotADirectoryError):
+                replaced = self._backing.lstat(new)
+            old_link, new_link = self._link(path), self._link(new)
+            self._backing.rename(path, new, flags)
+            if replaced is not None and Key.of(replaced) == Key.of(st):
+                return st, None  # two names of one inode: rename(2) leaves both
+            if flags & RENAME_EXCHANGE and replaced is not None:
+                self._note_moved(replaced, new_link, old_link)
+                self._settler.moved(path, b"\0")
+                self._settler.moved(new, path)
+                self._settler.moved(b"\0", new)
+            else:
+                if replaced is not None and not stat.S_ISDIR(replaced.st_mode):
+                    self._note_unnamed(replaced, new_link)
+                elif replaced is not None:
+                    self._settler.note(DirectoryNamed(Ino(replaced.st_ino), None))
+                self._settler.moved(path, new)
+            self._note_moved(st, old_link, new_link)
+            return st, replaced
+
+    def _note_moved(self, st: os.stat_result, old: Link, new: Link) -> None:
+        ino = Ino(st.st_ino)
+        if stat.S_ISDIR(st.st_mode):
+            self._settler.note(DirectoryNamed(ino, new))
+        elif stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
+            self._settler.note(Unnamed(ino, old, gone=False))
+            self._settler.note(Named(ino, new))
+
+    def _hide(self, path: bytes, name: bytes, st: os.stat_result) -> os.stat_result:
+        """libfuse's way to unlink a file that is open: it stays, out of the tree, until libfuse unlinks it there."""
+        with self._gate.shared():
+            link = self._link(path)
+            self._backing.rename(path, ORPHANS + b"/" + name)
+            self._orphans.add(name)
+            self._settler.note(Unnamed(Ino(st.st_ino), link, gone=False))
+        return st
+
+    # -- attributes ---------------------------------------------------------------------------------------------------
+
+    def chmod(self, path: bytes | None, handle: Handle | None, mode: int) -> None:
+        with self._gate.shared():
+            if handle is not None:
+                os.fchmod(handle.own_fd, mode)
+            else:
+                self._backing.chmod(self._resolve(path or ROOT), mode)
+            self._note_touched(path, handle, privileges=True)
+
+    def chown(self, path: bytes | None, handle: Handle | None, uid: int, gid: int) -> None:
+        with self._gate.shared():
+            if handle is not None:
+                os.fchown(handle.own_fd, uid, gid)
+            else:
+                self._backing.chown(self._resolve(path or ROOT), uid, gid)
+            self._note_touched(path, handle)
+
+    def utimens(self, path: bytes | None, handle: Handle | None, times: int | None) -> None:
+        """`times`: address of two struct timespec, or None for now."""
+        with self._gate.shared():
+            if handle is not None:
+                self._backing.futimens(handle.own_fd, times)
+            else:
+                self._backing.utimensat(self._resolve(path or ROOT), times)
+            self._note_touched(path, handle)
+
+    def _note_touched(self, path: bytes | None, handle: Handle | None, *, privileges: bool = False) -> None:
+        if handle is not None:
+            if privileges:
+                handle.inode.privileges_checked = False
+            found = self._backing.path_of(handle.own_fd)
+            if found is not None:
+                self._settler.note(Touched(handle.inode.key.ino, found))
+            return
+        st = self._backing.lstat(self._resolve(path or ROOT))
+        if stat.S_ISREG(st.st_mode):
+            if privileges and (inode := self._openfiles.get(Key.of(st))) is not None:
+                inode.privileges_checked = False
+            self._settler.note(Touched(Ino(st.st_ino), path or ROOT))
+
+    # -- extended attributes ------------------------------------------------------------------------------------------
+
+    def getxattr(self, path: bytes, name: bytes, caller: Caller) -> bytes:
+        path = self._resolve(path)
+        if name.startswith(_RESERVED_XATTRS):
+            if not path and name == OUR_XATTRS + b"control":
+                return self.control_path
+            if name.startswith(OUR_XATTRS):
+                return self._answers.xattr(path, name[len(OUR_XATTRS) :], caller)
+            raise _errno(errno.ENODATA)
+        return self._backing.getxattr(path, name)
+
+    def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int) -> None:
+        path = self._resolve(path)
+        if name.startswith(_RESERVED_XATTRS):
+            raise _errno(errno.EPERM)
+        with self._gate.shared():
+            self._backing.setxattr(path, name, value, flags)
+            self._note_touched(path, None, privileges=name == _CAPABILITY)
+
+    def listxattr(self, path: bytes) -> list[bytes]:
+        names = self._backing.listxattr(self._resolve(path))
+        return [name for name in names if not name.startswith(_RESERVED_XATTRS)]
+
+    def removexattr(self, path: bytes, name: bytes) -> None:
+        path = self._resolve(path)
+        if name.startswith(_RESERVED_XATTRS):
+            raise _errno(errno.EPERM)
+        with self._gate.shared():
+            self._backing.removexattr(path, name)
+            self._note_touched(path, None)
+
+
+def _full_blocks(st: os.stat_result) -> int:
+    return -(-st.st_size // 4096) * 8
+
+
+def _type_of(entry: os.DirEntry[str]) -> int:
+    if entry.is_symlink():
+        return stat.S_IFLNK
+    if entry.is_dir(follow_symlinks=False):
+        return stat.S_IFDIR
+    if entry.is_file(follow_symlinks=False):
+        return stat.S_IFREG
+    return 0  # a special file: the kernel asks when it matters
