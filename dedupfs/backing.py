@@ -4,7 +4,7 @@ Everything is relative to one descriptor of the source directory, opened before 
 same code serves an archive mounted over itself. Called by every storage and engine module; holds no state but that
 descriptor and what it learned about the filesystem; any thread may call any method. Errors are the OSError of the call.
 
-The reference xattr lives in `trusted.` when we are privileged (nobody else can write it) and in `user.` when we are not.
+The reference xattr lives in `trusted.` when we are privileged (nobody else can write it), else in `user.`.
 """
 
 import ctypes
@@ -93,7 +93,6 @@ class Backing:
         self.privileged = os.geteuid() == 0
         self.reference_xattr = b"trusted.dedupfs.ref" if self.privileged else b"user.dedupfs.ref"
         self._proc_prefix = b"/proc/self/fd/%d/" % self.root_fd
-        self._real_root = os.readlink(b"/proc/self/fd/%d" % self.root_fd)
 
     def close(self) -> None:
         os.close(self.root_fd)
@@ -135,7 +134,7 @@ class Backing:
         if os.fstat(fd).st_nlink == 0:
             return None
         path = os.readlink(b"/proc/self/fd/%d" % fd)
-        root = self._real_root
+        root = os.readlink(b"/proc/self/fd/%d" % self.root_fd)  # asked each time: it may be renamed as well
         if path == root:
             return ROOT
         prefix = root if root.endswith(b"/") else root + b"/"

@@ -22,14 +22,25 @@ from contextlib import closing, suppress
 
 from . import store
 from .backing import Backing, filesystem_type
-from .errors import EXIT_INTERNAL, EXIT_OS_ERROR, Busy, DedupfsError, NotMounted, SourceError, UsageError
+from .errors import (
+    EXIT_INTERNAL,
+    EXIT_OS_ERROR,
+    Busy,
+    DedupfsError,
+    NotMounted,
+    SourceError,
+    StoreError,
+    Unavailable,
+    UnknownFormat,
+    UsageError,
+)
+from .model import Progress
 
 log = logging.getLogger(__name__)
 
 CONTROL_XATTR = "user.dedupfs.control"
 FUSE_TYPE = "fuse.dedupfs"
 
-Progress = Callable[[str, int, int | None], None]
 Command = Callable[[Mapping[str, object], Progress], object]
 
 _REQUEST_LIMIT_BYTES = 16 << 20  # more than the longest command line can hold
@@ -40,7 +51,8 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _STRANGER = "only root and the user who mounted may ask this mount"
 
 # Subclasses of these share their parent's exit code, and the parent stands for them.
-_ERROR_OF_EXIT_CODE = {kind.exit_code: kind for kind in DedupfsError.__subclasses__()}
+_ERRORS = (UsageError, StoreError, SourceError, NotMounted, Unavailable, Busy, UnknownFormat)
+_ERROR_OF_EXIT_CODE: dict[int, type[DedupfsError]] = {kind.exit_code: kind for kind in _ERRORS}
 
 
 class _ClientGone(Exception):

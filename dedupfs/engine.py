@@ -24,8 +24,9 @@ from .fileio import FileIo
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
+from .model import SMALLEST_SHARED_BYTES, Progress
 from .openfiles import Gate, OpenFiles
-from .reconcile import Census, Progress, Reconciler, Stopped, walk
+from .reconcile import Census, Reconciler, Stopped, walk
 from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, ORPHANS, QUARANTINE, Store
@@ -144,6 +145,7 @@ class Engine:
             self._scanner.join()
         agrees = True
         try:
+            self.vfs.io.release_all()
             self.settler.stop()
         except StoreError as error:
             agrees = False
@@ -268,7 +270,7 @@ class Engine:
                 raise SourceError(f"{os.fsdecode(top)}: {error.strerror}") from None
             if stat.S_ISDIR(st.st_mode):
                 below = walk(self.backing, Census(), self._stopping.is_set, top)
-                found += [path for path, st in below if self.backing.may_be_reference(st)]
+                found += [path for path, st in below if st.st_size >= SMALLEST_SHARED_BYTES]
             else:
                 found.append(top)
         return found

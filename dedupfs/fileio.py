@@ -13,10 +13,10 @@ import stat
 from .backing import Backing
 from .blobs import Blobs
 from .digest import StreamDigest
-from .errors import DamagedContent
+from .errors import DamagedContent, StoreError
 from .index import Index
 from .journal import Referred, Restored
-from .model import SMALLEST_SHARED_BYTES, Caller, ContentKey, FileRecord, FileState, Ino, Stamp
+from .model import SMALLEST_SHARED_BYTES, Caller, ContentKey, FileRecord, FileState, Ino, Stamp, is_hidden
 from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
 from .settle import Settler
 from .sharing import Changed, ReferenceSharing, Settled
@@ -156,11 +156,17 @@ class FileIo:
 
         def settle() -> None:
             path = self._backing.path_of(handle.own_fd)
-            if path is not None and inode.key.device == self._backing.device:
+            # What is in the store by now was unlinked while it was open.
+            if path is not None and not is_hidden(path) and inode.key.device == self._backing.device:
                 stream, size_bytes = inode.stream, os.fstat(handle.own_fd).st_size
                 self._settler.enqueue(inode.key.ino, path, stream.digest_of(size_bytes) if stream else None)
 
         self._openfiles.release(handle, settle)
+
+    def release_all(self) -> None:
+        """Release what the kernel did not: an unmount may overtake the releases of files that were just closed."""
+        for handle in self._openfiles.handles():
+            self.release(handle)
 
     # -- content ------------------------------------------------------------------------------------------------------
 
@@ -358,7 +364,10 @@ class FileIo:
         inode = source.inode
         if inode.reference is not None:
             return None if inode.reference.materialising else inode.reference.content
-        record = self._index.file(inode.key.ino)
+        try:
+            record = self._index.file(inode.key.ino)
+        except StoreError:
+            return None  # no index: a copy is then made of bytes
         st = os.fstat(source.own_fd)
         path = self._backing.path_of(source.own_fd)
         if not self._may_publish(record, st, inode.key) or record is None or path is None:
@@ -371,6 +380,7 @@ class FileIo:
             log.debug("cannot publish %s for a copy: %s", os.fsdecode(path), error)
             return None
         self._settler.note(Referred(new, path, record.content, replaced=Ino(st.st_ino)))
+        self._references.finish(record.content, durable=False)
         return record.content
 
     def _may_publish(self, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:

@@ -20,8 +20,8 @@ from .config import MountOptions, Share
 from .engine import Engine
 from .errors import IndexDamaged, StoreError
 from .index import Index, recompute
-from .model import ContentKey, FileState, Ino, Reference, Stamp
-from .reconcile import Census, Progress, walk
+from .model import ContentKey, FileState, Ino, Progress, Reference, Stamp
+from .reconcile import Census, walk
 from .sharing import abandon
 from .store import BLOBS, INDEX, ORPHANS, STAGING, Store
 
@@ -123,6 +123,7 @@ def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Fi
         try:
             reference = backing.read_reference(path)
         except StoreError as error:
+            tree.complete = False
             yield Finding("reference-record", path, str(error))
             continue
         except OSError as error:

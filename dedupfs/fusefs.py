@@ -22,7 +22,7 @@ from typing import Any
 from .errors import DedupfsError, SourceError, Unavailable
 from .model import Caller
 from .openfiles import Handle, Key
-from .vfs import Vfs
+from .vfs import Attributes, Vfs
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,14 @@ except (OSError, AttributeError) as error:
     raise Unavailable(f"libfuse cannot be used: {error}") from None
 
 # Struct layouts changed within libfuse 3; these are the versions whose layout mfusepy declares and we have run.
-_OLDEST, _NEWEST = (3, 10), (3, 18)
+_OLDEST, _NEWEST = (3, 12), (3, 18)
 
 _CAP_DONT_MASK = 1 << 6
 _CAP_READDIRPLUS = 1 << 13
 _CAP_POSIX_ACL = 1 << 19
 _CAP_HANDLE_KILLPRIV_V2 = 1 << 21
+
+_ENDED_BY_SIGNAL = 8  # fuse_main(3)
 
 _FILL_DIR_PLUS = 2
 _READDIR_PLUS = 1
@@ -64,7 +66,23 @@ _CACHE_S = 30.0
 
 _MAX_WRITE_BYTES = 1 << 20
 
-_CALLBACKS = ["getattr", "readlink", "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "chmod", "chown", "truncate", "open", "read", "write", "statfs", "flush", "release", "fsync", "setxattr", "getxattr", "listxattr", "removexattr", "opendir", "readdir", "releasedir", "fsyncdir", "init", "create", "utimens", "fallocate", "copy_file_range", "lseek"]
+# A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
+_THREADS = 64
+
+# A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
+_THREADS = 64
+
+# fmt: off
+_CALLBACKS = [
+    "getattr", "readlink", "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "chmod", "chown",
+    "truncate", "open", "read", "write", "statfs", "flush", "release", "fsync", "setxattr", "getxattr", "listxattr",
+    "removexattr", "opendir", "readdir", "releasedir", "fsyncdir", "init", "create", "utimens", "fallocate",
+    "copy_file_range", "lseek",
+]
+_STATFS = [
+    "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax",
+]
+# fmt: on
 
 # Drops what the kernel has cached of a path.
 Invalidate = Callable[[bytes], None]
@@ -82,16 +100,15 @@ def _relative(path: bytes) -> bytes:
     return path[1:]
 
 
-def _fill(target: Any, st: os.stat_result, blocks: int) -> None:
+def _fill(target: Any, attributes: Attributes) -> None:
+    st, target.st_blocks, target.st_nlink = attributes
     target.st_ino = st.st_ino
     target.st_mode = st.st_mode
-    target.st_nlink = st.st_nlink
     target.st_uid = st.st_uid
     target.st_gid = st.st_gid
     target.st_rdev = st.st_rdev
     target.st_size = st.st_size
     target.st_blksize = st.st_blksize
-    target.st_blocks = blocks
     for field, ns in (
         (target.st_atimespec, st.st_atime_ns),
         (target.st_mtimespec, st.st_mtime_ns),
@@ -123,10 +140,11 @@ class _OtherNames:
                 if not names:
                     del self._names[Key.of(st)]
 
-    def moved(self, old: bytes, new: bytes) -> None:
+    def moved(self, st: os.stat_result, old: bytes, new: bytes) -> None:
         """A file or directory was renamed."""
         with self._lock:
-            for names in self._names.values():
+            changed = self._names.values() if stat.S_ISDIR(st.st_mode) else filter(None, [self._names.get(Key.of(st))])
+            for names in changed:
                 for name in [name for name in names if name == old or name.startswith(old + b"/")]:
                     names.discard(name)
                     names.add(new + name[len(old) :])
@@ -143,7 +161,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._fuse: int | None = None
         self._names = _OtherNames()
         self._handles: dict[int, Handle] = {}
-        words: dict[str, object] = {"fsname": fsname.replace("\\", "\\\\").replace(",", "\\,")}
+        words: dict[str, object] = {"max_threads": _THREADS, "fsname": fsname.replace("\\", "\\\\").replace(",", "\\,")}
         for option in options:
             key, _, value = option.partition("=")
             words[key] = value or True
@@ -197,7 +215,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def _changed(self, path: bytes | None, handle: Handle | None) -> None:
         """Attributes of an inode changed: its other names must show that."""
         with suppress(OSError):
-            st = os.fstat(handle.own_fd) if handle is not None else self._vfs.getattr(_relative(path or b"/"))[0]
+            st = os.fstat(handle.own_fd) if handle is not None else self._vfs.getattr(_relative(path or b"/")).st
             self._invalidate_others(st, _relative(path) if path else None)
 
     # -- names --------------------------------------------------------------------------------------------------------
@@ -205,15 +223,15 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def getattr_fuse_3(self, path: bytes | None, buffer: Any, fip: Any) -> int:
         handle = self._handle(fip)
         if handle is not None:
-            st, blocks = self._vfs.getattr_open(handle)
+            found = self._vfs.getattr_open(handle)
         elif path is None:
             return -errno.ESTALE
         else:
             relative = _relative(path)
-            st, blocks = self._vfs.getattr(relative)
-            if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
-                self._names.seen(st, relative)
-        _fill(buffer.contents, st, blocks)
+            found = self._vfs.getattr(relative)
+            if found.nlink > 1 and not stat.S_ISDIR(found.st.st_mode):
+                self._names.seen(found.st, relative)
+        _fill(buffer.contents, found)
         return 0
 
     def readlink(self, path: bytes, buffer: Any, size: int) -> int:
@@ -250,13 +268,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         old, relative = _relative(path), _relative(new)
         st, replaced = self._vfs.rename(old, relative, flags)
         if flags & 2:
-            self._names.moved(old, b"\0")
-            self._names.moved(relative, old)
-            self._names.moved(b"\0", relative)
+            self._names.moved(st, old, b"\0")
+            if replaced is not None:
+                self._names.moved(replaced, relative, old)
+            self._names.moved(st, b"\0", relative)
         else:
             if replaced is not None:
                 self._names.gone(replaced, relative)
-            self._names.moved(old, relative)
+            self._names.moved(st, old, relative)
         if replaced is not None:
             self._invalidate_others(replaced, relative)
         self._invalidate_others(st, relative)
@@ -270,11 +289,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             filler(buffer, name, None, 0, 0)
         plus = bool(flags & _READDIR_PLUS)
         for entry in self._vfs.readdir(fip.contents.fh, attributes=plus):
-            if entry.attributes is not None:
-                found, blocks = entry.attributes
+            found = entry.attributes
+            if found is not None:
                 # What is told of the names of a hard link goes stale: let the kernel look each of them up.
-                whole = stat.S_ISDIR(found.st_mode) or found.st_nlink == 1
-                _fill(st, found, blocks)
+                whole = stat.S_ISDIR(found.st.st_mode) or found.nlink == 1
+                _fill(st, found)
                 filler(buffer, entry.name, st, 0, _FILL_DIR_PLUS if whole else 0)
             else:
                 st.st_ino, st.st_mode = entry.ino, entry.type_bits
@@ -289,7 +308,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def statfs(self, path: bytes, buffer: Any) -> None:
         found, target = self._vfs.statfs(), buffer.contents
-        for field in ["f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"]:
+        for field in _STATFS:
             setattr(target, field, getattr(found, field))
 
     # -- attributes ---------------------------------------------------------------------------------------------------
@@ -427,4 +446,5 @@ def serve(
     except RuntimeError as error:
         if not ready.is_set():
             raise SourceError(f"cannot mount at {mountpoint} (libfuse says {error}); see the lines above") from None
-        log.error("libfuse ended with %s", error)
+        if error.args != (_ENDED_BY_SIGNAL,):
+            log.error("libfuse ended with %s", error)

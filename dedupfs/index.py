@@ -258,6 +258,11 @@ class Index:
         with self._write() as txn:
             txn.put(b"complete", b"1", db=self._meta)
 
+    def set_incomplete(self) -> None:
+        """The tree may hold what is not here: it is to be walked again."""
+        with self._write() as txn:
+            txn.delete(b"complete", db=self._meta)
+
     def save_queue(self, items: list[tuple[Ino, bytes]]) -> None:
         """Replace the stored queue."""
         with self._write() as txn:
@@ -360,7 +365,7 @@ class Batch:
         self._dirs[ino] = None
 
     def commit(self) -> None:
-        """Write everything in one transaction. Raises IndexDamaged (a full map or disk included), having changed nothing."""
+        """Write everything in one transaction. Raises IndexDamaged (a full map or disk too), with nothing changed."""
         if not len(self):
             return
         index = self._index

@@ -157,12 +157,8 @@ class Recording:
         return ino
 
     def forget(self, batch: Batch, ino: Ino) -> None:
-        """An inode is gone, unless its number is a new file's by now and recorded already."""
-        record = batch.file(ino)
-        if record is not None and any(
-            st.st_ino == ino and Stamp.of(st) == record.stamp
-            for st in self._stats(batch.paths(ino, self._backing.root_ino))
-        ):
+        """An inode is gone, unless its number is that of another file by now, which is then recorded, or pending."""
+        if any(st.st_ino == ino for st in self._stats(batch.paths(ino, self._backing.root_ino))):
             return
         self._left(batch.forget_file(ino), None, None)
 

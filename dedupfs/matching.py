@@ -10,15 +10,15 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from .backing import Backing
 from .blobs import Blobs
 from .digest import DescriptorHasher, same_bytes
-from .errors import DamagedContent, StoreError
+from .errors import DamagedContent
 from .index import Batch
 from .journal import Recording
-from .model import SMALLEST_SHARED_BYTES, ContentKey, Digest, FileState, Ino, Stamp
+from .model import SMALLEST_SHARED_BYTES, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
 from .openfiles import InUse, Key, OpenFiles
 from .sharing import Changed, Recorder, ReferenceSharing, Settled, Sharing
 
@@ -61,29 +61,41 @@ class Matcher:
         if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
             return
         with self._openfiles.watch(key) as watch:
-            try:
-                fd = self._backing.open_quietly(path)
-            except PermissionError:
-                log.info("%s cannot be read by dedupfs, and is not hashed", os.fsdecode(path))
-                return
+            fd = self._backing.open_quietly(path)
             try:
                 st = os.fstat(fd)
                 if Key.of(st) != key:
                     raise Changed("replaced")
                 file = Settled(path, fd, Stamp.of(st), key, watch)
-                try:
-                    reference = self._references.load(fd, st)
-                except StoreError as error:
-                    # It holds no content that anybody could vouch for: nothing may be concluded from it.
-                    log.error("%s: %s", os.fsdecode(path), error)
-                    self._recording.forget(batch, ino)
-                    return
-                if reference is not None:
-                    self._recording.put(batch, path, st, FileState.REFERENCE, reference.content)
+                if self._record_reference(batch, file, st):
                     return
                 self._match(batch, file, self._digest(batch, file, digest))
             finally:
                 os.close(fd)
+
+    def _record_reference(self, batch: Batch, file: Settled, st: os.stat_result) -> bool:
+        """Whether the file is a reference, which then is recorded, and mended where a crash left it half-way."""
+        try:
+            reference = self._references.load(file.fd, st)
+        except DamagedContent as error:
+            log.error("%s: %s", os.fsdecode(file.path), error)
+            doubtful = self._backing.fread_reference(file.fd)
+            if doubtful is not None:
+                # Which of the two contents is wanted a person has to say; until then the blob is kept. No file has this
+                # stamp, so that nothing else is ever concluded from the record.
+                record = FileRecord(Stamp(0, 0, 0), FileState.REFERENCE, doubtful.content)
+                batch.put_file(file.key.ino, record)
+            return True
+        if reference is None:
+            if not st.st_size:
+                with suppress(OSError):  # truncated, and the crash came before its record went
+                    self._backing.fremove_reference(file.fd)
+            return False
+        if reference.materialising:
+            self._references.undo_copy(file.path, reference)
+            st = os.fstat(file.fd)
+        self._recording.put(batch, file.path, st, FileState.REFERENCE, reference.content)
+        return True
 
     def _digest(self, batch: Batch, file: Settled, digest: Digest | None) -> Digest:
         known = batch.file(file.key.ino)
@@ -142,7 +154,7 @@ class Matcher:
             if blob_fd is not None:
                 if self._strategy.share_with_blob(blob_fd, file, content, record):
                     return True
-                return self._heal(file, content, record)
+                return self._heal(batch, file, content, record)
         except InUse:
             # An app reads it; it is shared when that is over.
             self._openfiles.settle_when_closed(file.key)
@@ -153,7 +165,7 @@ class Matcher:
         for ino in others:
             held = batch.file(ino)
             if held is not None and held.state is FileState.REFERENCE:
-                return self._heal(file, content, record)  # references without a blob wait for this copy
+                return self._heal(batch, file, content, record)  # references without a blob wait for this copy
             with self._open_other(batch, ino) as other:
                 if other is None:
                     continue
@@ -168,7 +180,7 @@ class Matcher:
                     self._recording.forget(batch, ino)
         return False
 
-    def _heal(self, file: Settled, content: ContentKey, record: Recorder) -> bool:
+    def _heal(self, batch: Batch, file: Settled, content: ContentKey, record: Recorder) -> bool:
         """The blob has other bytes, or there is none. If it is the blob that is wrong, this copy takes its place."""
         if self._hash(file.fd, file.watch.checkpoint) != content.digest:
             raise Changed("its bytes are not what was hashed")
@@ -185,6 +197,10 @@ class Matcher:
         st = self._references.heal(file, content)
         log.warning("blob %s was damaged; healed with %s", content.name, os.fsdecode(file.path))
         record(file, st, FileState.REFERENCE)
+        self._references.finish(content, durable=True)
+        for ino in batch.sharers(content):
+            for path in batch.paths(ino, self._backing.root_ino):
+                self._on_replaced(path)  # the kernel may have pages of the damaged one
         return True
 
     def _equals_known(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:

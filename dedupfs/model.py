@@ -5,17 +5,26 @@ Paths are `bytes` relative to the source, without a leading slash; the source it
 
 import enum
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, NewType
 
 Ino = NewType("Ino", int)
 Digest = NewType("Digest", bytes)  # 16 bytes, XXH3-128, big-endian (its canonical form)
 
+# Told now and then how far something long has come: its phase in a word or two, what is done, of how much (if known).
+Progress = Callable[[str, int, int | None], None]
+
 ROOT = b""
 STORE_DIRECTORY = b".dedupfs"
 
 # Below one block of the backing filesystem a reference would save nothing.
 SMALLEST_SHARED_BYTES = 4096
+
+
+def is_hidden(path: bytes) -> bool:
+    """Whether a path leads into the store, which the mount does not show."""
+    return path == STORE_DIRECTORY or path.startswith(STORE_DIRECTORY + b"/")
 
 
 class ContentKey(NamedTuple):

@@ -23,10 +23,9 @@ from types import FrameType
 from . import control
 from .backing import Backing
 from .config import FUSE_CONFIGURATION, MountOptions, control_directory, user_may_allow_other
-from .control import Progress
 from .engine import Engine
 from .errors import Busy, DedupfsError, NotMounted, SourceError, Unavailable, UsageError
-from .model import STORE_DIRECTORY
+from .model import STORE_DIRECTORY, Progress
 
 log = logging.getLogger(__name__)
 

@@ -290,6 +290,10 @@ class OpenFiles:
             self._condition.wait_for(lambda: not on_the_way(), timeout_s)
             return not on_the_way()
 
+    def handles(self) -> list[Handle]:
+        with self._condition:
+            return [handle for inode in self._inodes.values() for handle in inode.handles]
+
     def __len__(self) -> int:
         with self._condition:
             return len(self._inodes)

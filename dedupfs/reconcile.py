@@ -15,12 +15,10 @@ from .backing import Backing
 from .blobs import Blobs
 from .index import Index
 from .journal import Found, Recording, Unnamed
-from .model import ROOT, STORE_DIRECTORY, Ino, Link, Stamp
+from .model import ROOT, STORE_DIRECTORY, Ino, Link, Progress, Stamp
 from .settle import Settler
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int | None], None]
 
 # So many files wait at most to be settled while the walk goes on: it bounds the memory.
 _MOST_WAITING = 4096
@@ -87,6 +85,7 @@ class Reconciler:
         Raises Stopped, and StoreError when the index cannot be used.
         """
         census = Census()
+        failures = self._settler.failures
         for path, st in walk(self._backing, census, stopping):
             self._look(path, st, census)
             if self._settler.pending() >= _MOST_WAITING:
@@ -98,11 +97,14 @@ class Reconciler:
         if stopping():
             raise Stopped
         self._drop_records_of_missing_files(stopping)
-        self._index.set_complete()
-        if not self._settler.lost_a_batch:
+        if census.unreadable or self._settler.failures != failures or self._settler.lost_a_batch:
+            # What we could not look at may be a reference: no blob may be called unreferenced.
+            log.warning("the scan could not look at everything; blobs that seem unused are kept")
+        else:
+            self._index.set_complete()
             self._settler.index_is_complete = True
-        self._find_unreferenced_blobs()
-        settle()
+            self._find_unreferenced_blobs()
+            settle()
         progress("settled", census.files, census.files)
         return census
 

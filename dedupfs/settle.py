@@ -57,6 +57,7 @@ class Settler:
         self._thread: threading.Thread | None = None
         self._batch_lock = threading.Lock()
         self.settled = 0
+        self.failures = 0  # files that could not be settled, for a reason that may pass
         # No blob is removed before the index is known to hold every reference. Taken back for good when a batch is
         # lost: a reference nobody counted could then be the last one.
         self.index_is_complete = False
@@ -273,7 +274,9 @@ class Settler:
             except Changed:
                 self._again(ino, item)
             except (OSError, DedupfsError) as error:
-                log.warning("%s is not settled: %s", os.fsdecode(path), error)
+                self.failures += 1
+                ours = isinstance(error, PermissionError)  # an ordinary user's mount: nothing new, nothing wrong
+                log.log(logging.INFO if ours else logging.WARNING, "%s is not settled: %s", os.fsdecode(path), error)
             return
 
     def _again(self, ino: Ino, item: _Pending) -> None:

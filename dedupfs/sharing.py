@@ -114,6 +114,7 @@ class ReferenceSharing:
         if not same_bytes(known.fd, new.fd, checkpoint):
             return False
         record(known, self.publish(known, content, durable=True), FileState.REFERENCE)
+        self.finish(content, durable=True)
         record(new, self.refer(new, content), FileState.REFERENCE)
         return True
 
@@ -128,13 +129,13 @@ class ReferenceSharing:
     def publish(self, known: Settled, content: ContentKey, *, durable: bool) -> os.stat_result:
         """Make the inode of `known` the blob of `content`, and its path a reference to it, whose stat is answered.
 
-        `known` may be open for reading. Without `durable` (only where metadata keeps its order, and only for a file
-        that nobody was promised to be on disk) nothing is flushed.
+        `known` may be open for reading. `finish` has to follow, once the new state is recorded. Without `durable` (only
+        where metadata keeps its order, and only for a file that nobody was promised to be on disk) nothing is flushed.
         """
         return self._become_blob(known, content, "publish", self._blobs.publish, durable=durable)
 
     def heal(self, good: Settled, rotten: ContentKey) -> os.stat_result:
-        """Like `publish`, where the blob exists and is not what its digest says, or is missing.
+        """Like `publish` (`finish` included), where the blob exists and is not what its digest says, or is missing.
 
         The damaged one goes to quarantine/. Every reference to it reads the good bytes from its next open on.
         """
@@ -170,12 +171,19 @@ class ReferenceSharing:
                 for fd in spare:
                     os.close(fd)
                 raise
-            self._openfiles.follow(known.key, Key.of(st), reference, known.fd, spare)
+            try:
+                self._openfiles.follow(known.key, Key.of(st), reference, known.fd, spare)
+            except OSError as error:
+                # The path is a reference already, and is to be recorded as one. Its readers read the right bytes.
+                log.error("readers of %s see the attributes of its blob: %s", os.fsdecode(known.path), error)
+        return st
+
+    def finish(self, content: ContentKey, *, durable: bool) -> None:
+        """Flush the name of a blob that was just published, before another file's own bytes go for it; and seal it."""
         if durable:
             self._blobs.flush_name(content)
         with suppress(OSError):  # the blob is complete; a seal that is missing is what fsck reports and mends
             self._blobs.seal(content)
-        return st
 
     def refer(self, new: Settled, content: ContentKey) -> os.stat_result:
         """Put a reference to an existing blob at the path of `new`, whose own inode goes. Answers the new one's stat.
@@ -294,6 +302,14 @@ class ReferenceSharing:
         except OSError:
             abandon(self._backing, fd, marked)
             raise
+
+    def undo_copy(self, path: bytes, reference: Reference) -> None:
+        """`abandon`, for a file that nobody has open for writing: what a crash while materialising left."""
+        fd = self._backing.open(path, os.O_RDWR)
+        try:
+            abandon(self._backing, fd, reference)
+        finally:
+            os.close(fd)
 
     def discard(self, fd: int) -> None:
         """Make a reference an empty plain file. First the size: the other way round a crash leaves a file of zeros."""

@@ -1,7 +1,7 @@
 """The `.dedupfs` directory: its layout, its format version, its one owner, and whether it was left in order.
 
     .dedupfs/          mode 0700
-        format         JSON: {"version": 1, "uuid": "…"}; written once
+        format         JSON: {"version": 1, "uuid": "…", "references": "trusted" | "user"}; written once
         lock           flock()ed by the one process that may change the store
         clean          exists while nobody owns the store and its index agrees with the tree
         daemon.json    while mounted: {"pid": …, "mountpoint": …, "socket": …}
@@ -48,9 +48,10 @@ class Store:
         """Take the store of this source, making it on first use.
 
         Raises Busy when another process owns it, UnknownFormat when a newer version wrote it, StoreError when its
-        format file is damaged, SourceError when the source cannot be written.
+        format file is damaged, SourceError when the source cannot be written, or the store is another user's kind.
         """
         self._backing = backing
+        self._namespace = backing.reference_xattr.split(b".")[0].decode()
         shown = os.fsdecode(backing.source)
         try:
             with suppress(FileExistsError):
@@ -85,17 +86,22 @@ class Store:
         if not raw:
             # Empty is what a crash between creating and writing leaves; nothing else can exist before it is written.
             identity = str(uuid.uuid4())
-            _write(self._backing, _FORMAT, json.dumps({"version": FORMAT_VERSION, "uuid": identity}).encode())
+            record = {"version": FORMAT_VERSION, "uuid": identity, "references": self._namespace}
+            _write(self._backing, _FORMAT, json.dumps(record).encode())
             self._backing.fsync_directory(STORE_DIRECTORY)
             self._backing.fsync_directory(b"")
             return identity
         try:
             known = json.loads(raw)
-            version, identity = int(known["version"]), str(known["uuid"])
+            version, identity, references = int(known["version"]), str(known["uuid"]), str(known["references"])
         except (ValueError, KeyError, TypeError):
             raise StoreError(f"{shown} is damaged; restore that file from a backup of the store") from None
         if version != FORMAT_VERSION:
             raise UnknownFormat(f"{shown} says format {version}, this dedupfs knows {FORMAT_VERSION}; use a newer one")
+        if references != self._namespace:
+            # Read under the other name, every reference would look like a file of zeros, and every blob unused.
+            maker = "root" if references == "trusted" else "an ordinary user"
+            raise SourceError(f"the store in {shown} was made by {maker}; run dedupfs as who made it")
         return identity
 
     def _take_clean_mark(self) -> bool:

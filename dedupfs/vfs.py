@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from .backing import RENAME_EXCHANGE, Backing
@@ -32,13 +32,21 @@ _CAPABILITY = b"security.capability"
 _UNLINKED_OPEN = re.compile(rb"\.fuse_hidden[0-9a-f]{16}")
 
 
+class Attributes(NamedTuple):
+    """What stat(2) of the mount answers: `st`, but for the number of 512-byte blocks and of links."""
+
+    st: os.stat_result
+    blocks: int
+    nlink: int
+
+
 class Entry(NamedTuple):
     """A directory entry; `attributes` are what `getattr` answers, when they were asked for."""
 
     name: bytes
     ino: Ino
     type_bits: int
-    attributes: tuple[os.stat_result, int] | None
+    attributes: Attributes | None
 
 
 def _errno(code: int) -> OSError:
@@ -81,23 +89,27 @@ class Vfs:
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
-    def getattr(self, path: bytes) -> tuple[os.stat_result, int]:
-        """Attributes, and the number of 512-byte blocks to report."""
+    def getattr(self, path: bytes) -> Attributes:
         path = self._resolve(path)
-        st = self._backing.lstat(path)
-        return st, self._blocks(st, path)
+        return self._attributes(self._backing.lstat(path), path)
 
-    def getattr_open(self, handle: Handle) -> tuple[os.stat_result, int]:
+    def getattr_open(self, handle: Handle) -> Attributes:
         st = os.fstat(handle.own_fd)
-        return st, _full_blocks(st) if handle.inode.reference is not None else st.st_blocks
+        blocks = _full_blocks(st) if handle.inode.reference is not None else st.st_blocks
+        orphan = bool(self._orphans) and (self._backing.path_of(handle.own_fd) or ROOT).startswith(ORPHANS)
+        return Attributes(st, blocks, st.st_nlink - orphan)
 
-    def _blocks(self, st: os.stat_result, path: bytes) -> int:
-        """A reference reports the blocks of its content, so that nobody takes it for a file of holes."""
+    def _attributes(self, st: os.stat_result, path: bytes) -> Attributes:
+        """What to report of an inode: of a reference the blocks of its content, so that nobody takes it for a file of
+        holes; of the root no link from the store; of an unlinked open file no link from the orphans."""
+        blocks, nlink = st.st_blocks, st.st_nlink
         if self._backing.may_be_reference(st):
             with suppress(StoreError):
                 if self._backing.read_reference(path) is not None:
-                    return _full_blocks(st)
-        return st.st_blocks
+                    blocks = _full_blocks(st)
+        elif (not path and nlink > 2) or path.startswith(ORPHANS):
+            nlink -= 1
+        return Attributes(st, blocks, nlink)
 
     def readlink(self, path: bytes) -> bytes:
         return self._backing.readlink(self._resolve(path))
@@ -119,7 +131,7 @@ class Vfs:
                 if attributes and path is not None:
                     try:
                         st = entry.stat(follow_symlinks=False)
-                        found = st, self._blocks(st, prefix + name)
+                        found = self._attributes(st, prefix + name)
                     except OSError:
                         continue  # removed while we listed
                 yield Entry(name, Ino(entry.inode()), _type_of(entry), found)
@@ -215,27 +227,33 @@ class Vfs:
     # -- removing and moving ------------------------------------------------------------------------------------------
 
     def unlink(self, path: bytes) -> os.stat_result:
-        """Answers the attributes that the inode had."""
+        """Answers the attributes that the inode has then."""
         name = path.rpartition(b"/")[2]
-        if name in self._orphans:
-            backing_path = ORPHANS + b"/" + name
-            with self._gate.shared():
-                st = self._backing.lstat(backing_path)
-                self._backing.unlink(backing_path)
-                self._orphans.discard(name)
-                self._settler.note(Unnamed(Ino(st.st_ino), Link(Ino(0), name), gone=st.st_nlink == 1))
-            return st
+        orphan = name in self._orphans
         path = self._resolve(path)
         with self._gate.shared():
-            st = self._backing.lstat(path)
-            link = self._link(path)
-            self._backing.unlink(path)
-            self._note_unnamed(st, link)
-        return st
+            link = Link(Ino(0), name) if orphan else self._link(path)
+            with self._pinned(path) as fd:
+                self._backing.unlink(path)
+                self._orphans.discard(name)
+                st = os.fstat(fd)
+                self._note_unnamed(st, link)
+                return st
+
+    @contextmanager
+    def _pinned(self, path: bytes) -> Iterator[int]:
+        """A descriptor that keeps an inode from going, so that afterwards its link count tells whether it is gone:
+        counted before, another name may come or go meanwhile."""
+        fd = self._backing.open(path, os.O_PATH)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def _note_unnamed(self, st: os.stat_result, link: Link) -> None:
+        """An inode lost a name; `st` is from afterwards."""
         if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
-            self._settler.note(Unnamed(Ino(st.st_ino), link, gone=st.st_nlink == 1))
+            self._settler.note(Unnamed(Ino(st.st_ino), link, gone=st.st_nlink == 0))
 
     def rmdir(self, path: bytes) -> None:
         path = self._resolve(path)
@@ -253,11 +271,12 @@ class Vfs:
             if self._openfiles.get(Key.of(st)) is not None:
                 return self._hide(path, name, st), None
         new = self._resolve_new(new)
-        with self._gate.shared():
+        with self._gate.shared(), ExitStack() as stack:
             st = self._backing.lstat(path)
             replaced: os.stat_result | None = None
             with suppress(FileNotFoundError, NotADirectoryError):
-                replaced = self._backing.lstat(new)
+                pinned = stack.enter_context(self._pinned(new))
+                replaced = os.fstat(pinned)
             old_link, new_link = self._link(path), self._link(new)
             self._backing.rename(path, new, flags)
             if replaced is not None and Key.of(replaced) == Key.of(st):
@@ -268,10 +287,11 @@ class Vfs:
                 self._settler.moved(new, path)
                 self._settler.moved(b"\0", new)
             else:
-                if replaced is not None and not stat.S_ISDIR(replaced.st_mode):
+                if replaced is not None:
+                    replaced = os.fstat(pinned)
                     self._note_unnamed(replaced, new_link)
-                elif replaced is not None:
-                    self._settler.note(DirectoryNamed(Ino(replaced.st_ino), None))
+                    if stat.S_ISDIR(replaced.st_mode):
+                        self._settler.note(DirectoryNamed(Ino(replaced.st_ino), None))
                 self._settler.moved(path, new)
             self._note_moved(st, old_link, new_link)
             return st, replaced

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import photos
 from tests.support.filesystems import Filesystem, FilesystemPool, Unsupported, remove_tree
+from tests.support.flavours import FLAVOURS
 from tests.support.mounted import Mounted
 
 pytest_plugins = ["tests.support.policy"]
@@ -21,9 +22,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("dedupfs")
-
-# Which strategy is tried on which filesystem.
-STRATEGIES = [("reference", "ext4"), ("reference", "xfs"), ("reflink", "xfs")]
 
 # A hung mount is ended this long before pytest's own time limit, which could only end the whole session.
 _WATCHDOG_MARGIN_S = 30.0
@@ -103,7 +101,7 @@ class Mounts:
         assert not problems, "\n".join(problems)
 
 
-@pytest.fixture(params=STRATEGIES, ids=["-".join(strategy) for strategy in STRATEGIES])
+@pytest.fixture(params=FLAVOURS, ids=["-".join(flavour) for flavour in FLAVOURS])
 def mounts(request: pytest.FixtureRequest, filesystem_pool: FilesystemPool) -> Iterator[Mounts]:
     """Stores that the test mounts itself, for each sharing strategy."""
     strategy, kind = request.param

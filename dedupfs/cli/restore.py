@@ -4,9 +4,9 @@ import argparse
 import os
 
 from .. import control
-from ..control import Progress
 from ..engine import Engine
 from ..errors import EXIT_OK
+from ..model import Progress
 from .output import add_json, facts_of, print_facts, print_json, printable
 from .targets import ask_or_open, path_within, require_store
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..control import Progress
 from ..engine import Engine
+from ..model import Progress
 from .output import add_json, facts_of, print_facts, print_json
 from .targets import ask_or_open
 

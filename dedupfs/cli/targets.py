@@ -7,10 +7,9 @@ from typing import Any
 
 from .. import control
 from ..config import MountOptions
-from ..control import Progress
 from ..engine import Engine
 from ..errors import Busy, NotMounted, SourceError, UsageError
-from ..model import STORE_DIRECTORY
+from ..model import STORE_DIRECTORY, Progress
 from .output import progress_shown
 
 

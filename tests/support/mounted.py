@@ -286,7 +286,8 @@ class Mounted:
                 problems.append(f"{self.mountpoint} is still mounted")
             while is_mountpoint(self.mountpoint):
                 unmount(self.mountpoint, patience_s=1)
-            if self._check_store and not self._hung and (self.source / ".dedupfs").exists():
+            # a daemon that had to be killed just now is a problem already, and what it left is no news
+            if self._check_store and not self._needs_reconcile and (self.source / ".dedupfs").exists():
                 attempt(self._demand_clean_fsck)
             problems += self._complaints()
             if problems:

@@ -145,9 +145,11 @@ def test_help_lists_commands_and_exit_codes(shell: Shell) -> None:
     assert code == 0
     for command in COMMANDS:
         assert f"\n    {command} " in out
-    numbers = {kind.exit_code for kind in errors.DedupfsError.__subclasses__()}
-    for number in numbers | {errors.EXIT_INTERNAL, errors.EXIT_OS_ERROR}:
-        assert f"\n   {number}  " in out
+    numbers = {
+        each.exit_code for each in vars(errors).values() if isinstance(each, type) and hasattr(each, "exit_code")
+    }
+    for number in numbers | {0, 1, 2, errors.EXIT_INTERNAL, errors.EXIT_OS_ERROR}:
+        assert f"\n{number:>5}  " in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -269,6 +271,44 @@ def test_restore_names_what_it_could_not_do(shell: Shell, live: FakeMount) -> No
     assert code == 1
     assert out.splitlines()[-1] == "not restored: a\\x0a.jpg: blob is missing"
     assert shell("restore", live.source, "--json")[0] == 1
+
+
+# -- working on the store itself
+
+
+def test_without_a_mount_the_store_is_worked_on(shell: Shell, source: Path) -> None:
+    assert shell.json("scan", source)["files"] == 2
+    assert shell("scan", source)[::2] == (0, "")
+    assert shell.json("fsck", source) == {"findings": [], "exit_code": 0}
+    assert shell("fsck", source) == (0, "clean\n", "")
+    assert shell("rebuild", source)[::2] == (0, "")
+    assert shell.json("restore", source, "folder") == {"restored": 0, "bytes": 0, "failed": []}
+    assert "absent" in shell.refusal(66, "restore", source, "absent")
+
+
+def test_fsck_tells_what_it_found(shell: Shell, source: Path) -> None:
+    shell.json("scan", source)
+    leftover = source / ".dedupfs" / "staging" / "left\nover"
+    leftover.touch()
+    code, out, _ = shell("fsck", source)
+    assert code == 2
+    (line,) = out.splitlines()
+    assert "left\\x0aover: " in line
+    assert line.endswith(" (not repaired)")
+    code, out, _ = shell("fsck", source, "--repair", "--json")
+    assert code == 1
+    answer = json.loads(out)
+    assert answer["exit_code"] == 1
+    assert [(found["path"], found["repaired"]) for found in answer["findings"]] == [
+        (".dedupfs/staging/left\nover", True)
+    ]
+    assert not leftover.exists()
+
+
+def test_an_owned_store_is_left_alone(shell: Shell, source: Path) -> None:
+    with closing(Backing(str(source))) as backing, Store(backing):
+        for command in ("scan", "restore", "rebuild", "fsck"):
+            assert "in use by another dedupfs" in shell.refusal(75, command, source)
 
 
 # -- failing

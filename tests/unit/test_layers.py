@@ -36,9 +36,8 @@ LAYERS = [
     "fileio",
     "vfs",
     "reconcile",
-    "fsck",
-    "restore",
     "engine",
+    "fsck",
     # edges
     "control",
     "fusefs",

@@ -1,0 +1,79 @@
+"""What a mount answers on its socket, and how it reads what others told it. Real mounts are in tests/mount/."""
+
+import os
+from typing import cast
+
+import pytest
+
+from dedupfs import mount
+from dedupfs.control import Progress
+from dedupfs.engine import Engine
+from dedupfs.errors import SourceError, UsageError
+
+
+class Recorder:
+    """In the engine's place: remembers the paths it is given."""
+
+    def __init__(self) -> None:
+        self.paths: list[bytes | None] = []
+
+    def restore(self, paths: list[bytes], _progress: Progress) -> dict[str, object]:
+        self.paths += paths
+        return {}
+
+    def duplicates(self, path: bytes | None) -> object:
+        self.paths.append(path)
+        return []
+
+
+def no_progress(_phase: str, _done: int, _total: int | None) -> None:
+    pass
+
+
+@pytest.fixture
+def engine() -> Recorder:
+    return Recorder()
+
+
+def ask(engine: Recorder, command: str, **arguments: object) -> object:
+    return mount.commands(cast(Engine, engine))[command](arguments, no_progress)
+
+
+def test_paths_reach_the_engine_as_bytes(engine: Recorder) -> None:
+    ask(engine, "restore", paths=["", "a", os.fsdecode(b"caf\xe9/..b/.dedupfs"), " \n"])
+    ask(engine, "restore")
+    ask(engine, "duplicates", path="a/b")
+    ask(engine, "duplicates", path=None)
+    ask(engine, "duplicates")
+    assert engine.paths == [b"", b"a", b"caf\xe9/..b/.dedupfs", b" \n", b"a/b", None, None]
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/etc", "..", "a/../../b", "./a", "a//b", "a/", "a\0b", "\ud800", 1, ["a"], {"a": 1}, True]
+)
+def test_what_is_no_path_in_the_mount_is_refused(engine: Recorder, path: object) -> None:
+    with pytest.raises(UsageError):
+        ask(engine, "duplicates", path=path)
+    with pytest.raises(UsageError):
+        ask(engine, "restore", paths=["a", path])
+    assert not engine.paths
+
+
+def test_one_path_is_no_list(engine: Recorder) -> None:
+    with pytest.raises(UsageError, match="list"):
+        ask(engine, "restore", paths="a")
+
+
+@pytest.mark.parametrize("path", [".dedupfs", ".dedupfs/blobs/00"])
+def test_the_store_is_not_there(engine: Recorder, path: str) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        ask(engine, "duplicates", path=path)
+    assert not engine.paths
+
+
+@pytest.mark.parametrize(
+    ("field", "path"),
+    [("/a", "/a"), (r"/a\040b", "/a b"), (r"/\134040", r"/\040"), (r"/\011\012\134", "/\t\n\\"), ("/\xe9", "/\xe9")],
+)
+def test_mount_table_fields(field: str, path: str) -> None:
+    assert mount._unescape(field) == path
