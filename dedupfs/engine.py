@@ -64,7 +64,7 @@ class Engine:
         self.references.sweep()
         _sweep_orphans(backing)
         self.sharing = self._choose_sharing(options.share)
-        self.index, was_rebuilt = _open_index(backing, self.store.uuid)
+        self.index = _open_index(backing, self.store.uuid)
         self.settler = Settler(backing.device, self.index, self.openfiles, self.gate, self.references)
         self._recording = Recording(backing, self.settler.is_pending)
         self.settler.attach(
@@ -80,7 +80,10 @@ class Engine:
             ),
             self._recording,
         )
-        self.settler.index_is_complete = self.store.was_clean and not was_rebuilt and self.index.is_complete()
+        if not self.store.was_clean:
+            # Said in the index, so that it stays said until a walk has come to its end, however many starts that takes.
+            self.index.set_incomplete()
+        self.settler.index_is_complete = self.index.is_complete()
         self.settler.load()
         # Called with every path that got another inode, so that caches can be told; a mount sets it.
         self.on_replaced: Callable[[bytes], None] = _nobody
@@ -295,15 +298,15 @@ def _as_json(group: Group) -> dict[str, object]:
     }
 
 
-def _open_index(backing: Backing, store_uuid: str) -> tuple[Index, bool]:
-    """The index, and whether a new one had to be begun because the old one cannot be used."""
+def _open_index(backing: Backing, store_uuid: str) -> Index:
+    """The index; a new, empty one when the old one cannot be used."""
     directory = b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX)
     try:
-        return Index(directory, store_uuid), False
+        return Index(directory, store_uuid)
     except IndexDamaged as error:
         log.warning("%s: beginning a new one; the tree is scanned", error)
     _set_index_aside(backing)
-    return Index(directory, store_uuid), True
+    return Index(directory, store_uuid)
 
 
 def _set_index_aside(backing: Backing) -> None:

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from typing import Self
 
 import lmdb
+from lmdb.verify import VerifyError, verify
 
 from . import codec
 from .errors import IndexDamaged, StoreError, UnknownFormat
@@ -40,6 +41,7 @@ SCHEMA_VERSION = b"1"
 _MAP_BYTES = 64 << 30
 _COUNTERS = ("files", "logical", "plain", "references", "shared", "contents", "contents_bytes")
 _LONGEST_PATH = 1 << 16
+_VERIFIED_BYTES = 64 << 20  # half a second
 
 
 class Index:
@@ -47,6 +49,7 @@ class Index:
 
     def __init__(self, directory: str | bytes, store_uuid: str) -> None:
         """Open or create. Raises IndexDamaged when it cannot be used as it is, UnknownFormat when it is newer."""
+        _verify(os.path.join(os.fsdecode(directory), "data.mdb"))
         try:
             self._env = lmdb.open(
                 os.fsdecode(directory),
@@ -58,6 +61,7 @@ class Index:
                 readahead=False,
             )
             names = (("meta", 0), ("files", 0), ("links", 1), ("dirs", 0), ("holders", 1), ("sharers", 1), ("queue", 0))
+            self._check_length(os.path.join(os.fsdecode(directory), "data.mdb"))
             tables = {name: self._env.open_db(name.encode(), dupsort=bool(dup)) for name, dup in names}
         except lmdb.Error as error:
             raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
@@ -69,6 +73,14 @@ class Index:
         except BaseException:
             self._env.close()
             raise
+
+    def _check_length(self, path: str) -> None:
+        """LMDB maps what its header promises: of a file that was cut short, the rest is a SIGBUS."""
+        promised = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        found = os.stat(path).st_size
+        if found < promised:
+            self._env.close()
+            raise IndexDamaged(f"the index has {found} of {promised} bytes")
 
     def _check_identity(self, store_uuid: bytes) -> None:
         with self._write() as txn:
@@ -273,6 +285,21 @@ class Index:
     def load_queue(self) -> list[tuple[Ino, bytes]]:
         with self._read() as txn, txn.cursor(self._queue) as cursor:
             return [codec.decode_pending(value) for _, value in cursor]
+
+
+def _verify(path: str) -> None:
+    """Refuse a file that would crash LMDB, which trusts what it maps. A large one is taken on trust: it would hold up
+    the mount, and fsck looks at it."""
+    try:
+        if os.stat(path).st_size > _VERIFIED_BYTES:
+            return
+        problems: list[str] = verify(path)  # type: ignore[no-untyped-call]
+    except FileNotFoundError:
+        return
+    except VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise IndexDamaged(f"the index is damaged ({problems[0]})")
 
 
 class Batch:

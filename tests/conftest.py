@@ -90,6 +90,12 @@ class Mounts:
         self._made.append(mounted)
         return mounted
 
+    def directory(self, name: str) -> Path:
+        """An empty directory on the same filesystem, that dedupfs has nothing to do with."""
+        path = self._directory / name
+        path.mkdir()
+        return path
+
     def finish(self) -> None:
         problems = []
         for mounted in reversed(self._made):

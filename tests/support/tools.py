@@ -88,3 +88,11 @@ def differences(one: Path, other: Path) -> list[bytes]:
     files, ACLs and xattrs. Nothing is changed."""
     answer = tool("rsync", "-naHAX", "--checksum", "--delete", "--itemize-changes", f"{one}/", f"{other}/")
     return answer.splitlines()
+
+
+def read_afresh(path: Path) -> bytes:
+    """The content as the filesystem has it, not as the kernel remembers it from writing."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
