@@ -273,7 +273,9 @@ class Engine:
                 raise SourceError(f"{os.fsdecode(top)}: {error.strerror}") from None
             if stat.S_ISDIR(st.st_mode):
                 below = walk(self.backing, Census(), self._stopping.is_set, top)
-                found += [path for path, st in below if st.st_size >= SMALLEST_SHARED_BYTES]
+                found += [
+                    path for path, st in below if stat.S_ISREG(st.st_mode) and st.st_size >= SMALLEST_SHARED_BYTES
+                ]
             else:
                 found.append(top)
         return found

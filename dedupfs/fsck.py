@@ -116,6 +116,8 @@ def _repair_index(source: str, findings: list[Finding], progress: Progress) -> N
 def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Finding]:
     census = Census()
     for path, st in walk(backing, census, lambda: False):
+        if stat.S_ISDIR(st.st_mode):
+            continue
         tree.stats[path] = st
         census.files += 1
         if not census.files % 1000:

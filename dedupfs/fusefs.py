@@ -68,9 +68,11 @@ _MAX_WRITE_BYTES = 1 << 20
 
 # A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
 _THREADS = 64
+_IDLE_THREADS = 16
 
 # A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
 _THREADS = 64
+_IDLE_THREADS = 16
 
 # fmt: off
 _CALLBACKS = [
@@ -161,7 +163,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._fuse: int | None = None
         self._names = _OtherNames()
         self._handles: dict[int, Handle] = {}
-        words: dict[str, object] = {"max_threads": _THREADS, "fsname": fsname.replace("\\", "\\\\").replace(",", "\\,")}
+        words: dict[str, object] = {
+            "max_threads": _THREADS,
+            "max_idle_threads": _IDLE_THREADS,
+            "fsname": fsname.replace("\\", "\\\\").replace(",", "\\,"),
+        }
         for option in options:
             key, _, value = option.partition("=")
             words[key] = value or True

@@ -6,6 +6,7 @@ that is used again never takes over the record of its predecessor.
 """
 
 import os
+import stat
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,7 +141,12 @@ class Recording:
     def _add_name(self, batch: Batch, ino: Ino, path: bytes) -> None:
         directory, _, name = path.rpartition(b"/")
         try:
-            if self._backing.lstat(path).st_ino == ino:
+            st = self._backing.lstat(path)
+            if st.st_ino != ino:
+                return
+            if stat.S_ISDIR(st.st_mode):
+                self.learn_directory(batch, path)
+            else:
                 batch.put_link(ino, Link(self.learn_directory(batch, directory), name))
         except OSError:
             return  # renamed meanwhile; the journal says to where

@@ -43,7 +43,7 @@ class Census:
 def walk(
     backing: Backing, census: Census, stopping: Callable[[], bool], top: bytes = ROOT
 ) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Every regular file of the source's own filesystem below `top`, without the store. Raises Stopped."""
+    """Every directory and regular file of the source's own filesystem below `top`, without the store. Raises Stopped."""
     waiting = [top]
     while waiting:
         directory = waiting.pop()
@@ -87,6 +87,10 @@ class Reconciler:
         census = Census()
         failures = self._settler.failures
         for path, st in walk(self._backing, census, stopping):
+            if stat.S_ISDIR(st.st_mode):
+                if self._index.directory(Ino(st.st_ino)) is None:
+                    self._settler.note(Found(Ino(st.st_ino), path))
+                continue
             self._look(path, st, census)
             if self._settler.pending() >= _MOST_WAITING:
                 settle()

@@ -196,6 +196,8 @@ class Vfs:
         with self._gate.shared():
             self._backing.mkdir(path, self._mode(path, mode, caller))
             self._give(path, caller)
+            st = self._backing.lstat(path)
+            self._settler.note(DirectoryNamed(Ino(st.st_ino), self._link(path)))
 
     def symlink(self, target: bytes, path: bytes, caller: Caller) -> None:
         path = self._resolve_new(path)

@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -372,11 +372,11 @@ class Operations(RuleBasedStateMachine):
 
     mounted: ClassVar[Mounted]
     plain_parent: ClassVar[Path]
-    numbers: ClassVar[Iterable[int]]
+    numbers: ClassVar[Iterator[int]]
 
     def __init__(self) -> None:
         super().__init__()
-        name = f"example-{next(iter(self.numbers))}"
+        name = f"example-{next(self.numbers)}"
         self.mount = Side(self.mounted.path(name))
         self.plain = Side(self.plain_parent / name)
         self.sides = (self.mount, self.plain)
@@ -721,14 +721,13 @@ class Operations(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(900 * max(1, LENGTH))
-def test_operations_against_a_plain_directory(mounts: Mounts, rng: random.Random) -> None:
+def test_operations_against_a_plain_directory(mounts: Mounts, mounted: Mounted, rng: random.Random) -> None:
     plain = mounts.filesystem.directory("plain")
-    with mounts.new() as mounted:
-        Operations.mounted, Operations.plain_parent, Operations.numbers = mounted, plain, itertools.count(1)
-        run_state_machine_as_test(
-            hypothesis.seed(rng.getrandbits(64))(Operations),
-            settings=hypothesis.settings(
-                max_examples=max(1, round(EXAMPLES * LENGTH)), stateful_step_count=STEPS, database=None
-            ),
-        )
+    Operations.mounted, Operations.plain_parent, Operations.numbers = mounted, plain, itertools.count(1)
+    run_state_machine_as_test(
+        hypothesis.seed(rng.getrandbits(64))(Operations),
+        settings=hypothesis.settings(
+            max_examples=max(1, round(EXAMPLES * LENGTH)), stateful_step_count=STEPS, database=None
+        ),
+    )
     shutil.rmtree(plain)

@@ -1,4 +1,4 @@
-"""Break dedupfs at a named step: kill the process before or after the nth call that changes the disk, or fail that call.
+"""Break dedupfs at a named step: kill the process before or after a call that changes the disk, or fail that call.
 
 A step is a call of one of `Backing`'s methods that change something, or of the few such functions of `os` that other
 modules call themselves. It is called by its name and by how many of that name came before: `rename:2`. Calls inside a
@@ -46,9 +46,12 @@ from .mounted import REPOSITORY
 
 T = TypeVar("T")
 
-_METHODS = """mkdir mknod symlink unlink rmdir link rename chmod chown utime set_mtime utimensat futimens truncate
-    setxattr removexattr fset_reference fremove_reference ftruncate fallocate clone dedupe fsync fsync_directory
-    fset_immutable""".split()
+_METHODS = [
+    *("mkdir", "mknod", "symlink", "unlink", "rmdir", "link", "rename"),
+    *("chmod", "chown", "utime", "set_mtime", "utimensat", "futimens", "setxattr", "removexattr", "fset_immutable"),
+    *("fset_reference", "fremove_reference", "truncate", "ftruncate", "fallocate", "clone", "dedupe"),
+    *("fsync", "fsync_directory"),
+]
 
 _FUNCTIONS = ["fchmod", "fchown", "utime", "setxattr", "removexattr", "pwrite", "copy_file_range", "sync", "fdatasync"]
 
@@ -314,7 +317,8 @@ class SteppedMount:
         self._record = scratch / "steps"
         self._record.unlink(missing_ok=True)
         self._log = scratch / "log"
-        command = [sys.executable, "-m", __name__, "mount", source, mountpoint, "-o", ",".join(options)]
+        command: list[str | Path] = [sys.executable, "-m", __name__, "mount", source, mountpoint]
+        command += ["-o", ",".join(options)]
         command += ["--armed-by", self._armed, "--record", self._record]
         command += [word for name, value in (("--kill", kill), ("--fail", fail)) if value for word in (name, value)]
         with open(self._log, "wb") as log:
