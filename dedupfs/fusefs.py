@@ -86,7 +86,7 @@ _STATFS = [
 ]
 # fmt: on
 
-# Drops what the kernel has cached of a path.
+# Drops what the kernel has cached of a path that got another inode.
 Invalidate = Callable[[bytes], None]
 
 _libfuse = fuse._libfuse
@@ -203,12 +203,17 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         conf.negative_timeout = 0.0
         os.umask(0)
         self._fuse = _libfuse.fuse_get_context().contents.fuse
-        self._on_ready(self.invalidate)
+        self._on_ready(self._replaced)
 
     def invalidate(self, path: bytes) -> None:
         """Let the kernel forget attributes and pages of a path. Not from a request that holds pages of it."""
         if self._fuse is not None:
             _libfuse.fuse_invalidate_path(self._fuse, b"/" + path)
+
+    def _replaced(self, path: bytes) -> None:
+        """Another inode came to a path, which changed its directory as well."""
+        self.invalidate(path)
+        self.invalidate(os.path.dirname(path))
 
     def _invalidate_others(self, st: os.stat_result, path: bytes | None) -> None:
         if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
@@ -435,8 +440,8 @@ def serve(
     fsname: str,
     on_ready: Callable[[Invalidate], None],
 ) -> None:
-    """Mount, and serve until unmounted. `on_ready` is called from FUSE's init, with what drops the kernel's cache of a
-    path. Raises Unavailable for a libfuse we do not know, SourceError when mounting fails."""
+    """Mount, and serve until unmounted. `on_ready` is called from FUSE's init, with what is to be called for each path
+    that got another inode. Raises Unavailable for a libfuse we do not know, SourceError when mounting fails."""
     version = (fuse.fuse_version_major, fuse.fuse_version_minor)
     if not _OLDEST <= version <= _NEWEST:
         known = f"{_OLDEST[0]}.{_OLDEST[1]} to {_NEWEST[0]}.{_NEWEST[1]}"

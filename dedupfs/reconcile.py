@@ -43,7 +43,7 @@ class Census:
 def walk(
     backing: Backing, census: Census, stopping: Callable[[], bool], top: bytes = ROOT
 ) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Every directory and regular file of the source's own filesystem below `top`, without the store. Raises Stopped."""
+    """Every directory and regular file below `top` on the source's filesystem, without the store. Raises Stopped."""
     waiting = [top]
     while waiting:
         directory = waiting.pop()
@@ -63,6 +63,7 @@ def walk(
                 if stat.S_ISDIR(st.st_mode):
                     if st.st_dev == backing.device:
                         waiting.append(path)
+                        yield path, st
                 elif stat.S_ISREG(st.st_mode) and st.st_dev == backing.device:
                     yield path, st
         except (FileNotFoundError, NotADirectoryError):

@@ -277,6 +277,8 @@ class Run:
         options = parse_options(self.options, privileged=os.geteuid() == 0)
         self.engine = Engine(str(self.source), options, backing=SteppingBacking(str(self.source), self.steps))
         self.app.serve(self.engine.vfs)
+        if not self.engine.settler.index_is_complete:
+            self.engine.scan(no_progress)  # as a mount does, in the background
 
     def stop(self) -> None:
         self.engine.close()
@@ -381,8 +383,9 @@ def _linked(run: Run) -> None:
     """A reference with two names."""
     _two_shared(run)
     app = run.app
-    run.engine.vfs.link(b"one.jpg", b"linked.jpg")
-    app.ledger.end({"linked.jpg": app.ledger.certain["one.jpg"]})
+    run.engine.vfs.link(os.fsencode(ONE), b"linked.jpg")
+    app.contents["linked.jpg"] = app.contents[ONE]
+    app.ledger.end({"linked.jpg": app.ledger.certain[ONE]})
     run.settle()
 
 
@@ -508,12 +511,18 @@ def _no_store(run: Run) -> None:
 
 def _first_start(run: Run) -> None:
     run.start()
-    run.engine.scan(no_progress)
 
 
 def _stopped(run: Run) -> None:
     _third(run)
     run.stop()
+
+
+def _unlink_and_stop(run: Run) -> None:
+    run.app.unlink(ONE)
+    run.app.unlink(TWO)
+    run.stop()
+    run.start()
 
 
 def _rebuild(run: Run) -> None:
@@ -526,7 +535,6 @@ def _rebuild_lost(run: Run) -> None:
     """The index is gone when the store is next opened."""
     shutil.rmtree(run.source / ".dedupfs" / "index")
     run.start()
-    run.engine.scan(no_progress)
 
 
 SCENARIOS = {
@@ -554,6 +562,7 @@ SCENARIOS = {
     "move and share": Scenario(_two_equal, _move_and_settle),
     "first start": Scenario(_no_store, _first_start, reflinks=True),
     "stop and start": Scenario(_two_equal, _restart, reflinks=True),
+    "unlink the last reference and stop": Scenario(_two_shared, _unlink_and_stop),
     "rebuild": Scenario(_stopped, _rebuild),
     "start without an index": Scenario(_stopped, _rebuild_lost),
 }
