@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from .codec import decode_reference, encode_reference
+from .digest import Checkpoint
 from .errors import SourceError
 from .model import ROOT, SMALLEST_SHARED_BYTES, Ino, Reference
 
@@ -25,6 +26,9 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
 UTIME_OMIT = (1 << 30) - 2
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
 
 # include/uapi/linux/fs.h
 _FICLONE = 0x40049409
@@ -270,6 +274,10 @@ class Backing:
     def ftruncate(fd: int, size_bytes: int) -> None:
         os.ftruncate(fd, size_bytes)
 
+    def punch(self, fd: int, size_bytes: int) -> None:
+        """Give back all blocks of an inode, which keeps its size. Raises OSError (EOPNOTSUPP) where that cannot be."""
+        self.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, 0, size_bytes)
+
     @staticmethod
     def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         _check(_libc.fallocate(fd, mode, offset, length))
@@ -303,13 +311,14 @@ class Backing:
         fcntl.ioctl(target, _FICLONE, source)
 
     @staticmethod
-    def dedupe(source: int, target: int, size_bytes: int) -> bool:
+    def dedupe(source: int, target: int, size_bytes: int, checkpoint: Checkpoint) -> bool:
         """Let the kernel compare the two and share their extents. False, with nothing lost, when bytes differ.
 
-        ioctl_fideduperange(2). Raises OSError.
+        ioctl_fideduperange(2). Raises OSError, and what `checkpoint` raises.
         """
         offset = 0
         while offset < size_bytes:
+            checkpoint()
             length = min(size_bytes - offset, _DEDUPE_CHUNK_BYTES)
             request = bytearray(
                 _DEDUPE_HEADER.pack(offset, length, 1, 0, 0) + _DEDUPE_INFO.pack(target, offset, 0, 0, 0)

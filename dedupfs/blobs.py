@@ -148,6 +148,8 @@ class Blobs:
     def list(self) -> Iterator[tuple[ContentKey, os.stat_result]]:
         """Every blob there is, in no order; names that are not a blob's are passed over."""
         for directory in self._backing.scandir(BLOBS):
+            if not directory.is_dir(follow_symlinks=False):
+                continue
             for entry in self._backing.scandir(BLOBS + b"/" + os.fsencode(directory.name)):
                 content = parse_name(entry.name)
                 if content is not None:

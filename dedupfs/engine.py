@@ -10,7 +10,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Self
 
 from .asking import AsCaller
@@ -24,10 +24,10 @@ from .fileio import FileIo
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
-from .model import SMALLEST_SHARED_BYTES, Progress
+from .model import SMALLEST_SHARED_BYTES, ContentKey, FileState, Progress
 from .openfiles import Gate, OpenFiles
 from .reconcile import Census, Reconciler, Stopped, walk
-from .settle import Settler
+from .settle import UNKNOWN_PATH, Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, ORPHANS, QUARANTINE, Store
 from .vfs import Vfs
@@ -49,24 +49,28 @@ class Engine:
         """Take the store. Raises what `Store` raises, and Unavailable when the wanted sharing cannot be had."""
         self._read_only = options.read_only
         self.backing = backing or Backing(source)
-        self.store = Store(self.backing)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.backing.close)
+            self.store = Store(self.backing)
+            stack.callback(self.store.close)
+            self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(self.backing)
+            self.references = ReferenceSharing(self.backing, self.blobs, self.openfiles, self.gate)
+            try:
+                self.sharing = self._choose_sharing(options.share)
+            except Unavailable:
+                if self.store.was_clean:
+                    self.store.mark_clean()  # nothing was touched
+                raise
             self._build(options, hasher)
-        except BaseException:
-            self.store.close()
-            raise
+            stack.pop_all()
 
     def _build(self, options: MountOptions, hasher: DescriptorHasher) -> None:
         backing = self.backing
-        self.openfiles, self.gate = OpenFiles(), Gate()
-        self.blobs = Blobs(backing)
-        self.references = ReferenceSharing(backing, self.blobs, self.openfiles, self.gate)
         self.references.sweep()
         _sweep_orphans(backing)
-        self.sharing = self._choose_sharing(options.share)
         self.index = _open_index(backing, self.store.uuid)
-        self.settler = Settler(backing.device, self.index, self.openfiles, self.gate, self.references)
-        self._recording = Recording(backing, self.settler.is_pending)
+        self.settler = Settler(backing, self.index, self.openfiles, self.gate, self.references)
+        self._recording = Recording(backing, self.settler.is_pending, self.settler.offer)
         self.settler.attach(
             Matcher(
                 backing,
@@ -77,6 +81,7 @@ class Engine:
                 hasher,
                 self._recording,
                 lambda path: self.on_replaced(path),
+                self.settler.offer,
             ),
             self._recording,
         )
@@ -213,6 +218,17 @@ class Engine:
         """Begin a new index; a scan fills it. Only before `start`."""
         self.index.clear()
         self.settler.index_is_complete = False
+
+    def look_again(self, content: ContentKey) -> None:
+        """Forget what is known of plain files with this content, and queue them: one of them may heal its blob."""
+        batch = self.index.batch()
+        for ino in self.index.holders(content):
+            record = self.index.file(ino)
+            if record is not None and record.state is FileState.PLAIN:
+                paths = self.index.paths(ino, self.backing.root_ino)
+                batch.forget_file(ino)
+                self.settler.offer(ino, paths[0] if paths else UNKNOWN_PATH)
+        batch.commit()
 
     def scan(self, progress: Progress) -> dict[str, object]:
         """Walk the tree and settle everything that the index does not know as it is. Raises Stopped."""

@@ -9,16 +9,17 @@ import errno
 import logging
 import os
 import stat
+from contextlib import suppress
 
 from .backing import Backing
 from .blobs import Blobs
 from .digest import StreamDigest
 from .errors import DamagedContent, StoreError
 from .index import Index
-from .journal import Referred, Restored
+from .journal import Referred, Restored, Touched
 from .model import SMALLEST_SHARED_BYTES, Caller, ContentKey, FileRecord, FileState, Ino, Stamp, is_hidden
 from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
-from .settle import Settler
+from .settle import UNKNOWN_PATH, Settler
 from .sharing import Changed, ReferenceSharing, Settled
 
 log = logging.getLogger(__name__)
@@ -118,8 +119,12 @@ class FileIo:
         """Find out where the bytes are, once for all handles of an inode. Caller holds the lock."""
         inode = handle.inode
         if not inode.loaded:
-            reference = self._references.load(handle.own_fd, os.fstat(handle.own_fd))
+            st = os.fstat(handle.own_fd)
+            reference = self._references.load(handle.own_fd, st)
             if reference is None:
+                if not st.st_size and handle.writes:
+                    with suppress(OSError):  # truncated, and the crash came before its record went
+                        self._backing.fremove_reference(handle.own_fd)
                 inode.loaded = True
             else:
                 inode.become_reference(reference, self._blobs.open(reference.content, reference.size_bytes))
@@ -140,7 +145,13 @@ class FileIo:
         """Caller holds the lock; `fd` is open for writing."""
         if inode.reference is None:
             return
-        self._references.materialise(fd, inode.reference, inode.content_fd, length)
+        try:
+            self._references.materialise(fd, inode.reference, inode.content_fd, length)
+        except OSError:
+            path = self._backing.path_of(fd)
+            if path is not None:
+                self._settler.note(Touched(inode.key.ino, path))  # as it was, but for its ctime
+            raise
         inode.become_plain()
         inode.stream = None
         inode.dirty = True
@@ -155,11 +166,16 @@ class FileIo:
         inode = handle.inode
 
         def settle() -> None:
-            path = self._backing.path_of(handle.own_fd)
-            # What is in the store by now was unlinked while it was open.
-            if path is not None and not is_hidden(path) and inode.key.device == self._backing.device:
-                stream, size_bytes = inode.stream, os.fstat(handle.own_fd).st_size
-                self._settler.enqueue(inode.key.ino, path, stream.digest_of(size_bytes) if stream else None)
+            path, st = self._backing.path_of(handle.own_fd), os.fstat(handle.own_fd)
+            if path is None or inode.key.device != self._backing.device:
+                return
+            if is_hidden(path):
+                # Unlinked while it was open. It may have another name, which the index knows.
+                if st.st_nlink == 1:
+                    return
+                path = UNKNOWN_PATH
+            stream = inode.stream
+            self._settler.enqueue(inode.key.ino, path, stream.digest_of(st.st_size) if stream else None)
 
         self._openfiles.release(handle, settle)
 

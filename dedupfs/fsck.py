@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,6 +37,7 @@ class Finding:
     path: bytes
     problem: str
     repair: Callable[[], None] | None = None
+    content: ContentKey | None = None  # whose blob is missing
     repaired: bool = False
 
 
@@ -63,54 +65,59 @@ class _Tree:
 
 def fsck(source: str, *, repair: bool, progress: Progress) -> Report:
     """Check the store of `source`. Raises Busy when it is in use, and what `Store` raises."""
-    backing = Backing(source)
-    report = Report()
-    index_findings: list[Finding] = []
-    with Store(backing) as store:
-        tree = _Tree()
-        report.findings += _read_tree(backing, tree, progress)
-        blobs = Blobs(backing)
-        index = None
-        try:
-            index = Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.uuid)
-            index_findings += _check_index(index, tree, backing, was_clean=store.was_clean)
-        except IndexDamaged as error:
-            index_findings.append(Finding("index", INDEX, str(error)))
-        for check in (check_leftovers, check_references, check_blobs):
-            report.findings += check(backing, blobs, tree, index)
-        if repair:
-            _repair(report.findings)
-        if index is not None:
-            index.close()
-        if store.was_clean and (not repair or not report.findings):
-            store.mark_clean()
-    backing.close()
-    report.findings += index_findings
+    report = _check(source, progress, repair=repair)
     if repair and report.findings:
-        _repair_index(source, index_findings, progress)
+        _reconcile(source, report.findings, progress)
+        left = {(finding.check, finding.path) for finding in _check(source, progress, repair=False).findings}
+        for finding in report.findings:
+            finding.repaired = (finding.check, finding.path) not in left
     return report
 
 
-def _repair(findings: list[Finding]) -> None:
-    for finding in findings:
-        if finding.repair is None:
-            continue
+def _check(source: str, progress: Progress, *, repair: bool) -> Report:
+    """Look at everything; with `repair`, put right at once what concerns one file alone."""
+    report = Report()
+    with ExitStack() as stack:
+        backing = Backing(source)
+        stack.callback(backing.close)
+        store = stack.enter_context(Store(backing))
+        if store.was_clean and not repair:
+            stack.callback(store.mark_clean)
+        blobs, tree = Blobs(backing), _Tree()
+        report.findings += _read_tree(backing, tree, progress)
+        for check in (check_leftovers, check_references, check_blobs):
+            report.findings += check(backing, blobs, tree)
         try:
+            index = stack.enter_context(Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.uuid))
+            report.findings += check_index(index, tree, backing, was_clean=store.was_clean)
+        except IndexDamaged as error:
+            report.findings.append(Finding("index", INDEX, str(error)))
+        if repair:
+            for finding in report.findings:
+                _try_repair(finding)
+            if store.was_clean and not report.findings:
+                store.mark_clean()
+    return report
+
+
+def _try_repair(finding: Finding) -> None:
+    try:
+        if finding.repair is not None:
             finding.repair()
-            finding.repaired = True
-        except (OSError, StoreError) as error:
-            finding.problem += f" (repair failed: {error})"
+    except (OSError, StoreError) as error:
+        finding.problem += f" (repair failed: {error})"
 
 
-def _repair_index(source: str, findings: list[Finding], progress: Progress) -> None:
-    """A walk corrects what is stale; a new index what is wrong."""
-    from_scratch = any(finding.check in ("index", "counters") for finding in findings)
+def _reconcile(source: str, findings: list[Finding], progress: Progress) -> None:
+    """Opening the store sweeps leftovers; a walk corrects what is stale in the index, a new index what is wrong; and a
+    plain file takes the place of a missing blob of its content."""
     with Engine(source, MountOptions(share=Share.REFERENCE)) as engine:
-        if from_scratch:
+        if any(finding.check in ("index", "counters") for finding in findings):
             engine.replace_index()
         engine.scan(progress)
-    for finding in findings:
-        finding.repaired = True
+        for content in {finding.content for finding in findings if finding.content is not None}:
+            engine.look_again(content)
+        engine.settle(progress)
 
 
 def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Finding]:
@@ -140,16 +147,16 @@ def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Fi
         yield Finding("readable", b"", f"{census.unreadable} directories cannot be listed")
 
 
-def check_leftovers(backing: Backing, blobs: Blobs, tree: _Tree, index: Index | None) -> Iterator[Finding]:
+def check_leftovers(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding]:
     """staging/ and orphans/ are empty while nobody works."""
     for directory in (STAGING, ORPHANS):
         for entry in backing.scandir(directory):
             # Opening the store sweeps both; that is what the repair of the index does.
             path = directory + b"/" + os.fsencode(entry.name)
-            yield Finding("leftovers", path, "left by a crash; swept at the next start", lambda: None)
+            yield Finding("leftovers", path, "left by a crash; swept at the next start")
 
 
-def check_references(backing: Backing, blobs: Blobs, tree: _Tree, index: Index | None) -> Iterator[Finding]:
+def check_references(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding]:
     """A reference has its size and no bytes of its own, and its blob exists with that size."""
     for path, reference in tree.references.items():
         st = tree.stats[path]
@@ -168,10 +175,11 @@ def check_references(backing: Backing, blobs: Blobs, tree: _Tree, index: Index |
         blob = blobs.stat(reference.content)
         if blob is None or blob.st_size != reference.size_bytes:
             fault = "is missing" if blob is None else f"has {blob.st_size} bytes instead of {reference.size_bytes}"
-            yield Finding("reference-blob", path, f"blob {reference.content.name} {fault}")
+            problem = f"blob {reference.content.name} {fault}"
+            yield Finding("reference-blob", path, problem, content=reference.content)
 
 
-def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree, index: Index | None) -> Iterator[Finding]:
+def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding]:
     """A blob is sealed, nobody's file, and referred to."""
     for content, st in blobs.list():
         path = Blobs.path(content)
@@ -187,7 +195,7 @@ def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree, index: Index | None
             yield Finding("blob-names", BLOBS + b"/" + os.fsencode(directory.name), "is no blob")
 
 
-def _check_index(index: Index, tree: _Tree, backing: Backing, *, was_clean: bool) -> Iterator[Finding]:
+def check_index(index: Index, tree: _Tree, backing: Backing, *, was_clean: bool) -> Iterator[Finding]:
     """After a clean stop every record agrees with its file, every file has one, and the counters are their sums."""
     if not was_clean:
         yield Finding("clean", INDEX, "the store was not stopped cleanly; it is reconciled at the next mount")

@@ -309,7 +309,7 @@ class Batch:
         self._index = index
         self._files: dict[Ino, FileRecord | None] = {}
         self._holders: dict[ContentKey, dict[Ino, bool]] = {}  # True: joined, False: left
-        self._links: dict[tuple[Ino, Link], bool] = {}  # True: put, False: removed
+        self._links: dict[Ino, dict[Link, bool]] = {}  # True: put, False: removed
         self._dirs: dict[Ino, Link | None] = {}
 
     def __len__(self) -> int:
@@ -338,8 +338,9 @@ class Batch:
 
     def paths(self, ino: Ino, root: Ino) -> list[bytes]:
         """Like Index.paths, with the changes of this batch in view."""
-        links = [link for link in self._index.links(ino) if self._links.get((ino, link), True)]
-        links += [link for (of, link), put in self._links.items() if of == ino and put and link not in links]
+        changed = self._links.get(ino, {})
+        links = [link for link in self._index.links(ino) if changed.get(link, True)]
+        links += [link for link, put in changed.items() if put and link not in links]
         found = (self._walk_up(link, root) for link in links)
         return [path for path in found if path is not None]
 
@@ -364,10 +365,7 @@ class Batch:
         """Drop the record and all names of an inode that is gone. Answers what was known of it."""
         known = self._leave(ino)
         self._files[ino] = None
-        for link in self._index.links(ino):
-            self._links[ino, link] = False
-        for of, link in [key for key in self._links if key[0] == ino]:
-            self._links[of, link] = False
+        self._links[ino] = dict.fromkeys([*self._index.links(ino), *self._links.get(ino, ())], False)
         return known
 
     def _leave(self, ino: Ino) -> FileRecord | None:
@@ -380,10 +378,10 @@ class Batch:
         return self._dirs[ino] if ino in self._dirs else self._index.directory(ino)
 
     def put_link(self, ino: Ino, link: Link) -> None:
-        self._links[ino, link] = True
+        self._links.setdefault(ino, {})[link] = True
 
     def remove_link(self, ino: Ino, link: Link) -> None:
-        self._links[ino, link] = False
+        self._links.setdefault(ino, {})[link] = False
 
     def put_directory(self, ino: Ino, link: Link) -> None:
         self._dirs[ino] = link
@@ -399,12 +397,13 @@ class Batch:
         with index._write() as txn:
             for ino, record in self._files.items():
                 self._write_file(txn, ino, record)
-            for (ino, link), put in self._links.items():
-                key, value = codec.encode_ino(ino), codec.encode_link(link)
-                if put:
-                    txn.put(key, value, db=index._links)
-                else:
-                    txn.delete(key, value, db=index._links)
+            for ino, changed in self._links.items():
+                key = codec.encode_ino(ino)
+                for link, put in changed.items():
+                    if put:
+                        txn.put(key, codec.encode_link(link), db=index._links)
+                    else:
+                        txn.delete(key, codec.encode_link(link), db=index._links)
             for ino, up in self._dirs.items():
                 if up is None:
                     txn.delete(codec.encode_ino(ino), db=index._dirs)

@@ -18,10 +18,11 @@ from .model import ROOT, ContentKey, FileRecord, FileState, Ino, Link, Stamp
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An inode that is no directory got a name."""
+    """A regular file got a name: as a link, and as the path it was at the time."""
 
     ino: Ino
     link: Link
+    path: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +102,21 @@ class Journal:
 class Recording:
     """Writes what is known of files into a batch. `unreferenced` gathers contents that lost a reference."""
 
-    def __init__(self, backing: Backing, is_pending: Callable[[Ino], bool]) -> None:
+    def __init__(
+        self, backing: Backing, is_pending: Callable[[Ino], bool], offer: Callable[[Ino, bytes], None]
+    ) -> None:
+        """`is_pending`: whether a file is queued or being written; `offer`: have one looked at."""
         self._backing = backing
-        self._is_pending = is_pending
+        self._is_pending, self._offer = is_pending, offer
         self.unreferenced: set[ContentKey] = set()
 
     def apply(self, batch: Batch, entry: Entry) -> None:
         match entry:
-            case Named(ino, link):
+            case Named(ino, link, path):
                 batch.put_link(ino, link)
+                self._add_name(batch, ino, path)
+                if batch.file(ino) is None and not self._is_pending(ino):
+                    self._offer(ino, path)  # moved under the eyes of a scan that had not come to it
                 self._retouch(batch, ino)
             case Unnamed(ino, _, gone=True):
                 self.forget(batch, ino)
@@ -176,10 +183,11 @@ class Recording:
     def _retouch(self, batch: Batch, ino: Ino, path: bytes | None = None) -> None:
         """Renaming, linking and chmod change an inode's ctime: let the record follow, or it would look modified."""
         record = batch.file(ino)
-        if record is None or self._is_pending(ino):
+        if record is None:
             return
         for st in self._stats([path] if path is not None else batch.paths(ino, self._backing.root_ino)):
-            if st.st_ino == ino and st.st_size == record.stamp.size_bytes:
+            # Asked after the look: a writer who came before it is seen, one who comes later changes the stamp again.
+            if st.st_ino == ino and st.st_size == record.stamp.size_bytes and not self._is_pending(ino):
                 batch.put_file(ino, record._replace(stamp=Stamp.of(st)))
                 return
 

@@ -5,6 +5,7 @@ stands for that content. Equal digests with different bytes mean that one of the
 found out which, and a damaged blob is healed by the good copy), or a collision (then the file gets the next number).
 """
 
+import itertools
 import logging
 import os
 import stat
@@ -42,11 +43,12 @@ class Matcher:
         hasher: DescriptorHasher,
         recording: Recording,
         on_replaced: Callable[[bytes], None],
+        offer: Callable[[Ino, bytes], None],
     ) -> None:
-        """`on_replaced` is called with each path that got another inode."""
+        """`on_replaced` is called with each path that got another inode, `offer` with files to look at again."""
         self._backing, self._blobs, self._openfiles = backing, blobs, openfiles
         self._references, self._strategy, self._hash = references, strategy, hasher
-        self._recording, self._on_replaced = recording, on_replaced
+        self._recording, self._on_replaced, self._offer = recording, on_replaced, offer
 
     def settle(self, batch: Batch, ino: Ino, path: bytes, digest: Digest | None) -> None:
         """Record and share the file at `path`, whose inode was `ino` and whose digest may be known already.
@@ -114,21 +116,29 @@ class Matcher:
     def _match(self, batch: Batch, file: Settled, digest: Digest) -> None:
         st = os.fstat(file.fd)
         shareable = st.st_size >= SMALLEST_SHARED_BYTES and st.st_nlink == 1
+        free: ContentKey | None = None
         content = ContentKey(digest)
-        for content in (ContentKey(digest, number) for number in range(1 << 16)):
-            others = [ino for ino in batch.holders(content) if ino != file.key.ino]
+        for content in (ContentKey(digest, number) for number in itertools.count()):
+            holders = batch.holders(content)
+            others = [ino for ino in holders if ino != file.key.ino]
             if not others and not self._blobs.usable(content):
-                break
-            if self._size_of(batch, content, others) != st.st_size:
-                continue
-            try:
-                if shareable and self._share(batch, file, content, others):
+                free = free or content
+                if not holders:
+                    break
+            elif self._size_of(batch, content, others) == st.st_size:
+                if shareable and self._try_sharing(batch, file, content, others):
                     return
-            except OSError as error:
-                log.warning("cannot share %s: %s", os.fsdecode(file.path), error)
-            if self._equals_known(batch, file, content, others):
-                break
-        self._recording.put(batch, file.path, st, FileState.PLAIN, content)
+                if self._equals_known(batch, file, content, others):
+                    free = content
+                    break
+        self._recording.put(batch, file.path, st, FileState.PLAIN, free or content)
+
+    def _try_sharing(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
+        try:
+            return self._share(batch, file, content, others)
+        except OSError as error:
+            log.warning("cannot share %s: %s", os.fsdecode(file.path), error)
+            return False
 
     def _size_of(self, batch: Batch, content: ContentKey, others: list[Ino]) -> int | None:
         for ino in others:
@@ -156,9 +166,7 @@ class Matcher:
                     return True
                 return self._heal(batch, file, content, record)
         except InUse:
-            # An app reads it; it is shared when that is over.
-            self._openfiles.settle_when_closed(file.key)
-            return False
+            return self._wait_for_readers(file)
         finally:
             if blob_fd is not None:
                 os.close(blob_fd)
@@ -167,22 +175,29 @@ class Matcher:
             if held is not None and held.state is FileState.REFERENCE:
                 return self._heal(batch, file, content, record)  # references without a blob wait for this copy
             with self._open_other(batch, ino) as other:
-                if other is None:
+                if other is None or os.fstat(other.fd).st_nlink != 1:
                     continue
                 try:
                     if self._strategy.share(other, file, content, record):
                         return True
                 except InUse:
-                    self._openfiles.settle_when_closed(file.key)
-                    return False
+                    return self._wait_for_readers(file)
                 if self._hash(other.fd, other.watch.checkpoint) != content.digest:
                     log.warning("%s has other bytes than when it was hashed", os.fsdecode(other.path))
-                    self._recording.forget(batch, ino)
+                    batch.forget_file(ino)
+                    self._offer(ino, other.path)
+        return False
+
+    def _wait_for_readers(self, file: Settled) -> bool:
+        """An app reads the file: it is shared when that is over."""
+        if not self._openfiles.settle_when_closed(file.key):
+            raise Changed("closed meanwhile")
         return False
 
     def _heal(self, batch: Batch, file: Settled, content: ContentKey, record: Recorder) -> bool:
         """The blob has other bytes, or there is none. If it is the blob that is wrong, this copy takes its place."""
         if self._hash(file.fd, file.watch.checkpoint) != content.digest:
+            batch.forget_file(file.key.ino)
             raise Changed("its bytes are not what was hashed")
         try:
             blob_fd = self._blobs.open(content, file.stamp.size_bytes)
@@ -204,11 +219,7 @@ class Matcher:
         return True
 
     def _equals_known(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
-        """Whether the file has this content, where it is not shared: compared with anyone who stands for it.
-
-        When nobody can be compared with (all are being written), nobody else is reported under it either.
-        """
-        compared = False
+        """Whether the file has this content, where it is not shared: compared with anyone who stands for it."""
         if self._blobs.usable(content):
             try:
                 fd = self._blobs.open(content, file.stamp.size_bytes)
@@ -216,18 +227,16 @@ class Matcher:
                 pass
             else:
                 try:
-                    if same_bytes(fd, file.fd, file.watch.checkpoint):
-                        return True
-                    compared = True
+                    return same_bytes(fd, file.fd, file.watch.checkpoint)
                 finally:
                     os.close(fd)
         for ino in others:
             with self._open_other(batch, ino) as other:
                 if other is not None:
-                    if same_bytes(other.fd, file.fd, file.watch.checkpoint):
-                        return True
-                    compared = True
-        return not compared
+                    return same_bytes(other.fd, file.fd, file.watch.checkpoint)
+            # Open for writing, say. If it is not changed after all, it finds this file when it is closed.
+            self._openfiles.settle_when_closed(Key(self._backing.device, ino))
+        return False
 
     @contextmanager
     def _open_other(self, batch: Batch, ino: Ino) -> Iterator[Settled | None]:

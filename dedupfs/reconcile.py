@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .backing import Backing
-from .blobs import Blobs
+from .blobs import SEALED_MODE, Blobs
 from .index import Index
 from .journal import Found, Recording, Unnamed
 from .model import ROOT, STORE_DIRECTORY, Ino, Link, Progress, Stamp
@@ -58,8 +58,12 @@ def walk(
                     continue
                 try:
                     st = entry.stat(follow_symlinks=False)
-                except OSError:
+                except FileNotFoundError:
                     continue  # removed while we looked
+                except OSError as error:
+                    census.unreadable += 1
+                    log.warning("cannot look at %s: %s", os.fsdecode(path), error.strerror)
+                    continue
                 if stat.S_ISDIR(st.st_mode):
                     if st.st_dev == backing.device:
                         waiting.append(path)
@@ -87,7 +91,41 @@ class Reconciler:
         """
         census = Census()
         failures = self._settler.failures
-        for path, st in walk(self._backing, census, stopping):
+        complete = False
+        with self._settler.watching_moves() as take_moved:
+            tops = [ROOT]
+            while tops:
+                for top in tops:
+                    self._walk_and_look(top, census, progress, settle, stopping)
+                progress("looking", census.files, None)
+                settle()
+                if stopping():
+                    raise Stopped
+                self._drop_records_of_missing_files(stopping)
+                with self._settler.quiet():
+                    # What an app moved meanwhile may have gone from where we had not been to where we had.
+                    tops = take_moved()
+                    if not tops and not census.unreadable and self._settler.failures == failures:
+                        complete = self._settler.declare_complete()
+        if complete:
+            self._index.set_complete()
+            self._look_at_blobs()
+            settle()
+        else:
+            # What we did not see may be a reference: no blob may be called unreferenced.
+            log.warning("the scan could not look at everything; blobs that seem unused are kept")
+        progress("settled", census.files, census.files)
+        return census
+
+    def _walk_and_look(
+        self,
+        top: bytes,
+        census: Census,
+        progress: Progress,
+        settle: Callable[[], None],
+        stopping: Callable[[], bool],
+    ) -> None:
+        for path, st in walk(self._backing, census, stopping, top):
             if stat.S_ISDIR(st.st_mode):
                 if self._index.directory(Ino(st.st_ino)) is None:
                     self._settler.note(Found(Ino(st.st_ino), path))
@@ -97,21 +135,6 @@ class Reconciler:
                 settle()
             if not census.files % 1000:
                 progress("looking", census.files, None)
-        progress("looking", census.files, None)
-        settle()
-        if stopping():
-            raise Stopped
-        self._drop_records_of_missing_files(stopping)
-        if census.unreadable or self._settler.failures != failures or self._settler.lost_a_batch:
-            # What we could not look at may be a reference: no blob may be called unreferenced.
-            log.warning("the scan could not look at everything; blobs that seem unused are kept")
-        else:
-            self._index.set_complete()
-            self._settler.index_is_complete = True
-            self._find_unreferenced_blobs()
-            settle()
-        progress("settled", census.files, census.files)
-        return census
 
     def _look(self, path: bytes, st: os.stat_result, census: Census) -> None:
         census.files += 1
@@ -152,7 +175,10 @@ class Reconciler:
                 continue
         return False
 
-    def _find_unreferenced_blobs(self) -> None:
-        for content, _ in self._blobs.list():
+    def _look_at_blobs(self) -> None:
+        """Hand over those that nothing refers to, and seal those that a crash left unsealed."""
+        for content, st in self._blobs.list():
             if not self._settler.is_referenced(content):
                 self._recording.unreferenced.add(content)
+            elif stat.S_IMODE(st.st_mode) != SEALED_MODE:
+                self._blobs.seal(content)

@@ -14,10 +14,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from .errors import DedupfsError, StoreError
+from .backing import Backing
+from .errors import DedupfsError, IndexDamaged, StoreError
 from .index import Batch, Index
 from .journal import Entry, Journal, Recording
 from .matching import Matcher
@@ -30,6 +31,10 @@ log = logging.getLogger(__name__)
 _BATCH_FILES = 256
 _BATCH_S = 1.0
 _RETRY_S = 5.0  # after the index could not be written
+_MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
+
+# The path of a file that was closed under a name it does not have any more.
+UNKNOWN_PATH = b"?/?"
 
 
 @dataclass(slots=True)
@@ -42,15 +47,17 @@ class Settler:
     """Queue, journal and thread. Apps call `enqueue`, `note` and `moved`; whoever asks calls the waiting methods."""
 
     def __init__(
-        self, device: int, index: Index, openfiles: OpenFiles, gate: Gate, references: ReferenceSharing
+        self, backing: Backing, index: Index, openfiles: OpenFiles, gate: Gate, references: ReferenceSharing
     ) -> None:
-        self._device, self._index, self._openfiles = device, index, openfiles
+        self._backing, self._index, self._openfiles = backing, index, openfiles
+        self._device, self._root = backing.device, backing.root_ino
         self._gate, self._references = gate, references
         self._condition = threading.Condition(threading.Lock())
         self._fresh: dict[Ino, _Pending] = {}
         self._backlog: dict[Ino, _Pending] = {}
         self._working: dict[Ino, _Pending] = {}
         self._journal = Journal()
+        self._moved_directories: list[bytes] | None = None
         self._applied = 0  # journal entries that are in the index
         self._waiting = 0
         self._stopping = False
@@ -82,13 +89,26 @@ class Settler:
 
     def moved(self, old: bytes, new: bytes) -> None:
         """A path changed: keep those of pending files true. The caller is inside the gate."""
+        self._move({old: new})
+
+    def exchanged(self, one: bytes, other: bytes) -> None:
+        """Like `moved`, for two that changed places."""
+        self._move({one: other, other: one})
+
+    def _move(self, moves: dict[bytes, bytes]) -> None:
         with self._condition:
             for queue in (self._fresh, self._backlog, self._working):
                 for item in queue.values():
-                    if item.path == old:
-                        item.path = new
-                    elif item.path.startswith(old + b"/"):
-                        item.path = new + item.path[len(old) :]
+                    for old, new in moves.items():
+                        if item.path == old or item.path.startswith(old + b"/"):
+                            item.path = new + item.path[len(old) :]
+                            break
+
+    def directory_moved(self, path: bytes) -> None:
+        """A directory is at this path now: a scan that goes on may have missed what is in it."""
+        with self._condition:
+            if self._moved_directories is not None:
+                self._moved_directories.append(path)
 
     def is_pending(self, ino: Ino) -> bool:
         with self._condition:
@@ -104,6 +124,29 @@ class Settler:
             if ino not in self._fresh:
                 self._backlog[ino] = _Pending(path)
             self._condition.notify_all()
+
+    @contextmanager
+    def watching_moves(self) -> Iterator[Callable[[], list[bytes]]]:
+        """Inside, directories that apps move are noted; the function takes what was noted so far."""
+
+        def take() -> list[bytes]:
+            with self._condition:
+                moved, self._moved_directories = self._moved_directories or [], []
+                return moved
+
+        with self._condition:
+            self._moved_directories = []
+        try:
+            yield take
+        finally:
+            with self._condition:
+                self._moved_directories = None
+
+    def declare_complete(self) -> bool:
+        """The index holds every reference from now on. False when it does not, since a batch was lost."""
+        with self._condition:
+            self.index_is_complete = not self.lost_a_batch
+            return self.index_is_complete
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
@@ -177,6 +220,7 @@ class Settler:
             batch = self._index.batch()
             self._apply_journal(batch)
             batch.commit()
+            self._remove_unreferenced()
         waiting = {**self._fresh, **self._backlog, **self._working}
         self._index.save_queue([(ino, item.path) for ino, item in waiting.items()])
 
@@ -261,23 +305,47 @@ class Settler:
             self._recording.apply(batch, entry)
 
     def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> None:
-        while True:
-            path = item.path
+        for _ in range(_MOST_MOVES):
             try:
-                self._matcher.settle(batch, ino, path, item.digest)
+                self._matcher.settle(batch, ino, item.path, item.digest)
             except (InUse, GivenUp):
                 if not self._openfiles.settle_when_closed(Key(self._device, ino)):
                     self._again(ino, item)
             except (FileNotFoundError, NotADirectoryError):
-                if item.path != path:
-                    continue  # renamed while we looked
+                if self._find_again(batch, ino, item):
+                    continue
             except Changed:
                 self._again(ino, item)
+            except IndexDamaged:
+                raise  # what was learned so far may be a reference that nobody counted
             except (OSError, DedupfsError) as error:
-                self.failures += 1
-                ours = isinstance(error, PermissionError)  # an ordinary user's mount: nothing new, nothing wrong
-                log.log(logging.INFO if ours else logging.WARNING, "%s is not settled: %s", os.fsdecode(path), error)
+                self._fail(item.path, error)
             return
+        self._again(ino, item)
+
+    def _find_again(self, batch: Batch, ino: Ino, item: _Pending) -> bool:
+        """A file is not where it was closed: whether it is somewhere else, which is then in `item`."""
+        with self._gate.exclusive():
+            pass  # whoever was renaming it has noted that now
+        self._apply_journal(batch)
+        return any(self._leads_to(path, ino, item) for path in [item.path, *batch.paths(ino, self._root)])
+
+    def _leads_to(self, path: bytes, ino: Ino, item: _Pending) -> bool:
+        try:
+            found = self._backing.lstat(path).st_ino == ino
+        except OSError:
+            return False
+        if found:
+            item.path = path
+        return found
+
+    def _fail(self, path: bytes, error: Exception) -> None:
+        log.warning("%s is not settled: %s", os.fsdecode(path), error)
+        if isinstance(error, PermissionError):
+            with suppress(OSError):
+                if not self._backing.may_be_reference(self._backing.lstat(path)):
+                    return  # it has bytes of its own: we do not know them, but no blob is at stake
+        self.failures += 1
 
     def _again(self, ino: Ino, item: _Pending) -> None:
         with self._condition:

@@ -88,7 +88,7 @@ class ReflinkSharing:
         return True
 
     def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey, record: Recorder) -> bool:
-        if not self._backing.dedupe(blob_fd, new.fd, new.stamp.size_bytes):
+        if not self._backing.dedupe(blob_fd, new.fd, new.stamp.size_bytes, new.watch.checkpoint):
             return False
         record(new, os.fstat(new.fd), FileState.SHARED)
         return True
@@ -165,11 +165,13 @@ class ReferenceSharing:
                 if not self._backing.orders_metadata:
                     self._blobs.flush_name(content)
                 st = self._replace(known, staged)
-            except BaseException:
+            except BaseException as error:
                 # Whatever name the blob got, `sweep` would take it back for as long as the leftover is there.
                 self._take_back(staged)
                 for fd in spare:
                     os.close(fd)
+                if isinstance(error, FileExistsError) and self._blobs.usable(content):
+                    raise Changed("published meanwhile") from None
                 raise
             try:
                 self._openfiles.follow(known.key, Key.of(st), reference, known.fd, spare)
@@ -264,14 +266,12 @@ class ReferenceSharing:
         Raises DamagedContent for a reference that something outside dedupfs has written to: neither its blob nor its
         blocks can be called its content.
         """
-        if not stat.S_ISREG(st.st_mode) or not st.st_size:
+        reference = self._backing.fread_reference(fd) if stat.S_ISREG(st.st_mode) else None
+        if reference is None or reference.materialising:
+            return reference
+        if not st.st_size:
             # A record on an empty file means an empty file: that is how truncating one begins.
             return None
-        reference = self._backing.fread_reference(fd)
-        if reference is None:
-            return None
-        if reference.materialising:
-            return reference
         if st.st_size != reference.size_bytes or (st.st_blocks and self._backing.has_data(fd)):
             raise DamagedContent("a reference was written to from outside dedupfs; run dedupfs fsck")
         return reference
@@ -366,8 +366,11 @@ def abandon(backing: Backing, fd: int, reference: Reference) -> None:
 
     In this order: while the mark is there, the blob is the truth.
     """
-    # Straight to 0 would, without the mark, mean an empty file; with the mark it cannot be misread.
-    backing.ftruncate(fd, 0)
+    try:
+        # The size is what apps see before anybody has opened the file: it must not shrink, not even for a moment.
+        backing.punch(fd, reference.size_bytes)
+    except OSError:
+        backing.ftruncate(fd, 0)
     backing.ftruncate(fd, reference.size_bytes)
     os.utime(fd, ns=(os.fstat(fd).st_atime_ns, reference.mtime_ns))
     backing.fset_reference(fd, replace(reference, materialising=False, mtime_ns=0))

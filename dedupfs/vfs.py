@@ -212,7 +212,7 @@ class Vfs:
             self._backing.link(path, new)
             st = self._backing.lstat(new)
             if stat.S_ISREG(st.st_mode):
-                self._settler.note(Named(Ino(st.st_ino), self._link(new)))
+                self._settler.note(Named(Ino(st.st_ino), self._link(new), new))
             return st
 
     # -- opening and resizing -----------------------------------------------------------------------------------------
@@ -284,10 +284,8 @@ class Vfs:
             if replaced is not None and Key.of(replaced) == Key.of(st):
                 return st, None  # two names of one inode: rename(2) leaves both
             if flags & RENAME_EXCHANGE and replaced is not None:
-                self._note_moved(replaced, new_link, old_link)
-                self._settler.moved(path, b"\0")
-                self._settler.moved(new, path)
-                self._settler.moved(b"\0", new)
+                self._note_moved(replaced, new_link, old_link, path)
+                self._settler.exchanged(path, new)
             else:
                 if replaced is not None:
                     replaced = os.fstat(pinned)
@@ -295,16 +293,17 @@ class Vfs:
                     if stat.S_ISDIR(replaced.st_mode):
                         self._settler.note(DirectoryNamed(Ino(replaced.st_ino), None))
                 self._settler.moved(path, new)
-            self._note_moved(st, old_link, new_link)
+            self._note_moved(st, old_link, new_link, new)
             return st, replaced
 
-    def _note_moved(self, st: os.stat_result, old: Link, new: Link) -> None:
+    def _note_moved(self, st: os.stat_result, old: Link, new: Link, path: bytes) -> None:
         ino = Ino(st.st_ino)
         if stat.S_ISDIR(st.st_mode):
             self._settler.note(DirectoryNamed(ino, new))
+            self._settler.directory_moved(path)
         elif stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
             self._settler.note(Unnamed(ino, old, gone=False))
-            self._settler.note(Named(ino, new))
+            self._settler.note(Named(ino, new, path))
 
     def _hide(self, path: bytes, name: bytes, st: os.stat_result) -> os.stat_result:
         """libfuse's way to unlink a file that is open: it stays, out of the tree, until libfuse unlinks it there."""

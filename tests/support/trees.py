@@ -22,7 +22,7 @@ def shared_state(mounted: Mounted) -> str:
 
 
 def shared_copies(mounted: Mounted, content: Path | bytes, *, name: str = "picture.jpg") -> list[Path]:
-    """One content in each of three folders of the mount, written one by one, settled and sharing."""
+    """One content in each of three folders of the mount, settled and sharing."""
     paths = []
     for folder in FOLDERS:
         mounted.path(folder).mkdir(exist_ok=True)
@@ -32,7 +32,8 @@ def shared_copies(mounted: Mounted, content: Path | bytes, *, name: str = "pictu
         else:
             path.write_bytes(content)
         paths.append(path)
-    mounted.settle()
+    for path in paths:
+        mounted.state(path)  # returns when this one is settled; the first was, before it had anybody to share with
     expected = shared_state(mounted)
     assert [mounted.state(path) for path in paths] == [expected] * 3
     return paths
