@@ -14,6 +14,7 @@ import os
 import signal
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -62,6 +63,13 @@ def _check(result: int) -> None:
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def _inode_flags(fd: int) -> int:
+    """ioctl_iflags(2): an int, in whatever room the size in the request's number says."""
+    word = bytearray(8)
+    fcntl.ioctl(fd, _FS_IOC_GETFLAGS, word)
+    return int.from_bytes(word[:4], sys.byteorder)
 
 
 def filesystem_type(device: int) -> str:
@@ -348,18 +356,21 @@ class Backing:
             os.close(fd)
 
     @staticmethod
-    def fset_immutable(fd: int, *, immutable: bool) -> bool:
-        """Set or clear the immutable flag; False where the filesystem or our rights do not allow it."""
-        word = bytearray(8)
+    def is_immutable(fd: int) -> bool:
+        """Whether the immutable flag is set; False also where the filesystem has none."""
         try:
-            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, word)
-            flags = int.from_bytes(word[:4], "little")
-            wanted = flags | _FS_IMMUTABLE_FL if immutable else flags & ~_FS_IMMUTABLE_FL
-            if wanted != flags:
-                fcntl.ioctl(fd, _FS_IOC_SETFLAGS, wanted.to_bytes(8, "little"))
+            return bool(_inode_flags(fd) & _FS_IMMUTABLE_FL)
         except OSError:
             return False
-        return True
+
+    @staticmethod
+    def fset_immutable(fd: int, *, immutable: bool) -> None:
+        """Set or clear the immutable flag, where the filesystem and our rights allow it."""
+        with suppress(OSError):
+            flags = _inode_flags(fd)
+            wanted = flags | _FS_IMMUTABLE_FL if immutable else flags & ~_FS_IMMUTABLE_FL
+            if wanted != flags:
+                fcntl.ioctl(fd, _FS_IOC_SETFLAGS, wanted.to_bytes(4, sys.byteorder) + bytes(4))
 
     @staticmethod
     def take_read_lease(fd: int) -> bool:

@@ -101,13 +101,16 @@ class Blobs:
         self._backing.fsync_directory(BLOBS)
 
     def seal(self, content: ContentKey) -> None:
-        """Take everything from the blob that was its file's: owner, mode, xattrs. Repeating it does no harm.
+        """Take everything from the blob that was its file's: owner, mode, xattrs; last, where it can be had, the
+        immutable flag goes on, which tells that all is done. Repeating it does no harm.
 
         Raises OSError; an unsealed blob is as safe to read as a sealed one, only less protected.
         """
         path = self.path(content)
         fd = self._backing.open_quietly(path)
         try:
+            if self._backing.is_immutable(fd):
+                return
             for name in os.listxattr(fd):
                 with suppress(OSError):  # a security label stays
                     os.removexattr(fd, name)

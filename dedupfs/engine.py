@@ -34,6 +34,8 @@ from .vfs import Vfs
 
 log = logging.getLogger(__name__)
 
+_RELEASE_S = 2.0  # how long a close() may take to reach us
+
 
 class Engine:
     """An owned source, ready to be served or worked on."""
@@ -104,6 +106,7 @@ class Engine:
             self.settler,
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
+            on_replaced=lambda path: self.on_replaced(path),
         )
         self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler, self._recording)
@@ -176,14 +179,17 @@ class Engine:
 
     def settle(self, progress: Progress) -> dict[str, object]:
         """Wait until nothing is pending, first scan included."""
-        self.openfiles.wait_until_closed(None, 2.0)
         before = self.settler.settled
-        while not self._is_idle():
-            progress("settling", self.settler.settled - before, None)
-            if not self._running:
-                self._work_off(progress)
-            elif self.settler.wait_idle(0.5) and self._scanner is not None:
-                self._scanner.join(0.5)
+        for _ in range(3):  # what a reader just closed is shared at its release, which is on the way
+            self.openfiles.wait_until_closed(None, _RELEASE_S)
+            while not self._is_idle():
+                progress("settling", self.settler.settled - before, None)
+                if not self._running:
+                    self._work_off(progress)
+                elif self.settler.wait_idle(0.5) and self._scanner is not None:
+                    self._scanner.join(0.5)
+            if self.openfiles.wait_until_closed(None, 0):
+                break
         return {"settled": self.settler.settled - before}
 
     def _is_idle(self) -> bool:

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 
 from .backing import Backing
@@ -42,14 +43,17 @@ class FileIo:
         settler: Settler,
         *,
         copies_refer: bool,
-        noatime: bool = False,
+        noatime: bool,
+        on_replaced: Callable[[bytes], None],
     ) -> None:
         """`copies_refer`: a copy of a whole file inside the mount becomes a reference (else the backing filesystem
-        shares extents by itself). `noatime`: reading leaves access times alone."""
+        shares extents by itself). `noatime`: reading leaves access times alone. `on_replaced` is called with each
+        path that got another inode."""
         self._backing, self._index, self._blobs = backing, index, blobs
         self._openfiles, self._gate = openfiles, gate
         self._references, self._settler = references, settler
         self._copies_refer = copies_refer
+        self._on_replaced = on_replaced
         self._quiet_flag = os.O_NOATIME if noatime else 0
 
     # -- open and close -----------------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ class FileIo:
     def flush(self, handle: Handle) -> None:
         """An app closed one of its descriptors. Raises what the backing filesystem has to report only then (EIO,
         EDQUOT on network filesystems)."""
-        handle.inode.flushed = True
+        handle.flushed = True
         os.close(os.dup(handle.own_fd))
 
     def release(self, handle: Handle) -> None:
@@ -196,7 +200,7 @@ class FileIo:
         with inode.lock:
             self._materialise(inode, fd)
             self._drop_privileges(inode, fd, caller)
-            inode.dirty, inode.flushed = True, False
+            inode.dirty, handle.flushed = True, False
             if handle.appends and not cached:
                 # Another name of the same inode may have made it longer than the kernel thinks.
                 offset = os.fstat(fd).st_size
@@ -255,7 +259,7 @@ class FileIo:
 
     def _truncate(self, inode: OpenInode, fd: int, size_bytes: int) -> None:
         """Caller holds the lock."""
-        inode.dirty, inode.flushed = True, False
+        inode.dirty = True
         if size_bytes == 0:
             reference = inode.reference
             if reference is not None or self._backing.fread_reference(fd) is not None:
@@ -278,7 +282,7 @@ class FileIo:
         with inode.lock:
             self._materialise(inode, handle.own_fd)
             self._drop_privileges(inode, handle.own_fd, caller)
-            inode.dirty, inode.flushed = True, False
+            inode.dirty = True
             if inode.stream is not None and (mode or inode.stream.length):
                 inode.stream.spoil()
             self._backing.fallocate(handle.own_fd, mode, offset, length)
@@ -338,7 +342,7 @@ class FileIo:
         with inode.lock:
             self._materialise(inode, target.own_fd)
             self._drop_privileges(inode, target.own_fd, caller)
-            inode.dirty, inode.flushed, inode.stream = True, False, None
+            inode.dirty, inode.stream = True, None
             return os.copy_file_range(source.read_fd, target.own_fd, length, source_offset, target_offset)
 
     def _copy_as_reference(self, source: Handle, target: Handle, length: int) -> int:
@@ -397,6 +401,7 @@ class FileIo:
             return None
         self._settler.note(Referred(new, path, record.content, replaced=Ino(st.st_ino)))
         self._references.finish(record.content, durable=False)
+        self._on_replaced(path)
         return record.content
 
     def _may_publish(self, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:

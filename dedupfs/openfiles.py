@@ -91,7 +91,6 @@ class OpenInode:
     handles: "set[Handle]" = field(default_factory=set)
     writers: int = 0
     dirty: bool = False  # content may differ from what the index says
-    flushed: bool = False  # a close() was seen since the last write: its release is on the way
     resettle: bool = False  # settling wanted to share it, and could not while it was open
     loaded: bool = False  # it is known whether this is a reference
     reference: Reference | None = None
@@ -132,6 +131,7 @@ class Handle:
     read_fd: int
     writes: bool
     appends: bool
+    flushed: bool = False  # a close() was seen: the release is on the way, unless the descriptor was a duplicate
 
 
 @dataclass(slots=True, eq=False)
@@ -279,12 +279,15 @@ class OpenFiles:
     def wait_until_closed(self, key: Key | None, timeout_s: float) -> bool:
         """Wait for the release of what apps have closed already: the kernel sends it just after close() returns.
 
-        With a key, for that file, else for all. False when something stayed open for writing.
+        With a key, for that file, else for all; only for files that are to be settled at their release. False when a
+        release did not come, since the file is open in another process as well.
         """
 
         def on_the_way() -> bool:
             inodes = self._inodes.values() if key is None else filter(None, [self._inodes.get(key)])
-            return any(inode.dirty and inode.flushed for inode in inodes)
+            return any(
+                (inode.dirty or inode.resettle) and all(handle.flushed for handle in inode.handles) for inode in inodes
+            )
 
         with self._condition:
             self._condition.wait_for(lambda: not on_the_way(), timeout_s)

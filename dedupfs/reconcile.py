@@ -9,10 +9,11 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .backing import Backing
-from .blobs import SEALED_MODE, Blobs
+from .blobs import Blobs
 from .index import Index
 from .journal import Found, Recording, Unnamed
 from .model import ROOT, STORE_DIRECTORY, Ino, Link, Progress, Stamp
@@ -180,5 +181,6 @@ class Reconciler:
         for content, st in self._blobs.list():
             if not self._settler.is_referenced(content):
                 self._recording.unreferenced.add(content)
-            elif stat.S_IMODE(st.st_mode) != SEALED_MODE:
-                self._blobs.seal(content)
+            elif st.st_nlink == 1:
+                with suppress(OSError):
+                    self._blobs.seal(content)
