@@ -60,7 +60,8 @@ class _Tree:
     references: dict[bytes, Reference] = field(default_factory=dict)
     stats: dict[bytes, os.stat_result] = field(default_factory=dict)
     by_content: dict[ContentKey, list[bytes]] = field(default_factory=dict)
-    complete: bool = True
+    complete: bool = True  # nothing was unreadable
+    scanned: bool = True  # the index has seen all of it
 
 
 def fsck(source: str, *, repair: bool, progress: Progress) -> Report:
@@ -85,13 +86,14 @@ def _check(source: str, progress: Progress, *, repair: bool) -> Report:
             stack.callback(store.mark_clean)
         blobs, tree = Blobs(backing), _Tree()
         report.findings += _read_tree(backing, tree, progress)
-        for check in (check_leftovers, check_references, check_blobs):
-            report.findings += check(backing, blobs, tree)
         try:
             index = stack.enter_context(Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.uuid))
             report.findings += check_index(index, tree, backing, was_clean=store.was_clean)
+            tree.scanned = index.is_complete()
         except IndexDamaged as error:
             report.findings.append(Finding("index", INDEX, str(error)))
+        for check in (check_leftovers, check_references, check_blobs):
+            report.findings += check(backing, blobs, tree)
         if repair:
             for finding in report.findings:
                 _try_repair(finding)
@@ -186,6 +188,8 @@ def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding
         if st.st_nlink != 1:
             yield Finding("blob-links", path, f"has {st.st_nlink} links: a file outside can change it")
         if content not in tree.by_content:
+            if not tree.scanned:
+                continue  # the scan that is still to finish removes it
             repair = partial(blobs.remove, content) if tree.complete else None
             yield Finding("unreferenced-blob", path, "no reference names it", repair)
         elif stat.S_IMODE(st.st_mode) != SEALED_MODE or (backing.privileged and st.st_uid):

@@ -22,6 +22,7 @@ from .journal import Recording
 from .model import SMALLEST_SHARED_BYTES, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
 from .openfiles import InUse, Key, OpenFiles
 from .sharing import Changed, Recorder, ReferenceSharing, Settled, Sharing
+from .store import is_another
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Matcher:
         key = Key.of(st)
         if st.st_ino != ino:
             raise FileNotFoundError
-        if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
+        if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device or self._is_in_another_store(path):
             return
         with self._openfiles.watch(key) as watch:
             fd = self._backing.open_quietly(path)
@@ -74,6 +75,12 @@ class Matcher:
                 self._match(batch, file, self._digest(batch, file, digest))
             finally:
                 os.close(fd)
+
+    def _is_in_another_store(self, path: bytes) -> bool:
+        while path := path.rpartition(b"/")[0]:
+            if is_another(self._backing, path):
+                return True
+        return False
 
     def _record_reference(self, batch: Batch, file: Settled, st: os.stat_result) -> bool:
         """Whether the file is a reference, which then is recorded, and mended where a crash left it half-way."""

@@ -18,6 +18,7 @@ from .index import Index
 from .journal import Found, Recording, Unnamed
 from .model import ROOT, STORE_DIRECTORY, Ino, Link, Progress, Stamp
 from .settle import Settler
+from .store import is_another
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,13 @@ class Census:
 def walk(
     backing: Backing, census: Census, stopping: Callable[[], bool], top: bytes = ROOT
 ) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Every directory and regular file below `top` on the source's filesystem, without the store. Raises Stopped."""
+    """Every directory and regular file below `top` on the source's filesystem, without the store, and without other
+    stores. Raises Stopped."""
     waiting = [top]
     while waiting:
         directory = waiting.pop()
+        if is_another(backing, directory):
+            continue
         census.directories += 1
         prefix = directory + b"/" if directory else b""
         try:

@@ -164,7 +164,7 @@ class Settler:
     def _wait(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
         with self._condition:
             if self._thread is None:
-                return done()
+                return done() and not len(self._journal)
             target = self._journal.appended
             self._waiting += 1
             self._condition.notify_all()

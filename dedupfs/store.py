@@ -138,6 +138,17 @@ class Store:
         self.close()
 
 
+def is_another(backing: Backing, directory: bytes) -> bool:
+    """Whether a directory below the source is a source itself: then what is in it is that store's business."""
+    if not directory:
+        return False
+    try:
+        backing.lstat(directory + b"/" + _FORMAT)
+    except OSError:
+        return False
+    return True
+
+
 def is_owned(backing: Backing) -> bool:
     """Whether some process owns the store of this source now."""
     try:

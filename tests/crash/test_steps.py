@@ -83,7 +83,7 @@ def _report(found: dict[str, list[str]], steps: list[str]) -> str:
     lines = [f"{len(found)} of {len(steps)} steps lose something:"]
     for kill, problems in found.items():
         lines += [f"  {kill}", *(f"    {problem}" for problem in problems)]
-    return "\n".join(lines)
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # names that are no text are no text for pytest
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
