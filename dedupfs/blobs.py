@@ -24,6 +24,7 @@ class Blobs:
 
     def __init__(self, backing: Backing) -> None:
         self._backing = backing
+        self._lasting: set[bytes] = set()  # directories whose own names are durable; they are never removed
 
     @staticmethod
     def path(content: ContentKey) -> bytes:
@@ -97,8 +98,11 @@ class Blobs:
 
     def flush_name(self, content: ContentKey) -> None:
         """Make the blob's name survive a power loss."""
-        self._backing.fsync_directory(os.path.dirname(self.path(content)))
-        self._backing.fsync_directory(BLOBS)
+        directory = os.path.dirname(self.path(content))
+        self._backing.fsync_directory(directory)
+        if directory not in self._lasting:
+            self._backing.fsync_directory(BLOBS)
+            self._lasting.add(directory)
 
     def seal(self, content: ContentKey) -> None:
         """Take everything from the blob that was its file's: owner, mode, xattrs; last, where it can be had, the

@@ -301,7 +301,7 @@ class FileIo:
             if path is not None:
                 self._backing.fsync_directory(os.path.dirname(path))
         elif data_only:
-            os.fdatasync(handle.own_fd)
+            self._backing.fdatasync(handle.own_fd)
         else:
             self._backing.fsync(handle.own_fd)
 

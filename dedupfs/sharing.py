@@ -122,7 +122,7 @@ class ReferenceSharing:
         if not same_bytes(blob_fd, new.fd, new.watch.checkpoint):
             return False
         # It may have been published without being flushed, by a copy inside the mount.
-        self._backing.fsync(blob_fd)
+        self._backing.fdatasync(blob_fd)
         record(new, self.refer(new, content), FileState.REFERENCE)
         return True
 
@@ -152,7 +152,7 @@ class ReferenceSharing:
     ) -> os.stat_result:
         durable = durable or not self._backing.orders_metadata
         if durable:
-            self._backing.fsync(known.fd)
+            self._backing.fdatasync(known.fd)
         reference = Reference(content, known.stamp.size_bytes)
         with self._gate.exclusive():
             self._verify(known)

@@ -380,6 +380,7 @@ class Operations(RuleBasedStateMachine):
         self.mount = Side(self.mounted.path(name))
         self.plain = Side(self.plain_parent / name)
         self.sides = (self.mount, self.plain)
+        self.trace: list[str] = []
         self.failed = False
         for side in self.sides:
             os.mkdir(side.root)
@@ -390,12 +391,15 @@ class Operations(RuleBasedStateMachine):
         """Do it on both sides; answers what it gave."""
         shown = f"{operation}({', '.join(repr(_short(argument)) for argument in arguments)})"
         mount, plain = (_outcome(getattr(side, operation), *arguments) for side in self.sides)
+        self.trace.append(f"{shown} -> {plain}")
         self.demand(mount == plain, f"{shown}\n  mount: {mount}\n  plain: {plain}")
         return plain
 
     def demand(self, condition: bool, message: str) -> None:
         if not condition:
             self.failed = True
+            # What depends on a race does not happen again, and hypothesis would only say that it did not.
+            print(*self.trace, message, sep="\n", end="\n\n")
             raise AssertionError(message)
 
     def find(self, where: Where) -> bytes:
@@ -410,6 +414,7 @@ class Operations(RuleBasedStateMachine):
 
     def settle(self) -> None:
         socket = os.getxattr(self.mounted.mountpoint, control.CONTROL_XATTR)
+        self.trace.append("settle")
         control.call(os.fsdecode(socket), "settle", {}, lambda phase, done, total: None)
 
     def compare(self) -> None:

@@ -35,7 +35,9 @@ def extents(path: Path) -> list[tuple[int, int]]:
     with open(path, "rb") as file:
         while True:
             request = bytearray(_FIEMAP_HEADER.size + _EXTENTS_AT_ONCE * _FIEMAP_EXTENT.size)
-            _FIEMAP_HEADER.pack_into(request, 0, start, (1 << 64) - 1 - start, _FIEMAP_FLAG_SYNC, 0, _EXTENTS_AT_ONCE, 0)
+            _FIEMAP_HEADER.pack_into(
+                request, 0, start, (1 << 64) - 1 - start, _FIEMAP_FLAG_SYNC, 0, _EXTENTS_AT_ONCE, 0
+            )
             fcntl.ioctl(file, _FS_IOC_FIEMAP, request)
             count = _FIEMAP_HEADER.unpack_from(request)[3]
             for number in range(count):

@@ -27,9 +27,13 @@ def test_good(rng): assert rng.random() == rng.random() or True
 def run_sample(directory: Path, **environment: str) -> str:
     (directory / "test_sample.py").write_text(SAMPLE)
     (directory / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
+    return run_pytest(directory, "--continue-on-collection-errors", **environment)
+
+
+def run_pytest(directory: Path, *more: str, **environment: str) -> str:
     options = ["-p", "tests.support.policy", "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={directory}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", str(directory)],
+        [sys.executable, "-m", "pytest", *options, *more, str(directory)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -65,3 +69,10 @@ def test_skips_are_allowed_elsewhere(tmp_path: Path) -> None:
 )
 def test_what_decides(environment: dict[str, str], expected: bool) -> None:
     assert skipping_fails(environment) is expected
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_failure_may_name_any_file(workers: str, tmp_path: Path) -> None:
+    (tmp_path / "test_name.py").write_text("def test_name(): assert 'caf\\udce9' == open.__name__\n")
+    output = run_pytest(tmp_path, "-n", workers)
+    assert "1 failed in" in output.splitlines()[-1]
