@@ -28,6 +28,7 @@ RENAME_EXCHANGE = 2
 
 UTIME_OMIT = (1 << 30) - 2
 
+_LARGEST_BLOCK_BYTES = 65536
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -284,7 +285,9 @@ class Backing:
 
     def punch(self, fd: int, size_bytes: int) -> None:
         """Give back all blocks of an inode, which keeps its size. Raises OSError (EOPNOTSUPP) where that cannot be."""
-        self.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, 0, size_bytes)
+        # Beyond the end: to the exact size, the last block would be zeroed and kept.
+        whole_blocks = -(-size_bytes // _LARGEST_BLOCK_BYTES) * _LARGEST_BLOCK_BYTES
+        self.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, 0, whole_blocks)
 
     @staticmethod
     def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

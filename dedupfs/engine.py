@@ -70,7 +70,7 @@ class Engine:
         backing = self.backing
         self.references.sweep()
         _sweep_orphans(backing)
-        self.index = _open_index(backing, self.store.uuid)
+        self.index = _open_index(backing, self.store.identity)
         self.settler = Settler(backing, self.index, self.openfiles, self.gate, self.references)
         self._recording = Recording(backing, self.settler.is_pending, self.settler.offer)
         self.settler.attach(
@@ -190,6 +190,7 @@ class Engine:
                     self._scanner.join(0.5)
             if self.openfiles.wait_until_closed(None, 0):
                 break
+        self.settler.wait_until_removed(_RELEASE_S)
         return {"settled": self.settler.settled - before}
 
     def _is_idle(self) -> bool:
@@ -322,15 +323,15 @@ def _as_json(group: Group) -> dict[str, object]:
     }
 
 
-def _open_index(backing: Backing, store_uuid: str) -> Index:
+def _open_index(backing: Backing, identity: str) -> Index:
     """The index; a new, empty one when the old one cannot be used."""
     directory = b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX)
     try:
-        return Index(directory, store_uuid)
+        return Index(directory, identity)
     except IndexDamaged as error:
         log.warning("%s: beginning a new one; the tree is scanned", error)
     _set_index_aside(backing)
-    return Index(directory, store_uuid)
+    return Index(directory, identity)
 
 
 def _set_index_aside(backing: Backing) -> None:

@@ -24,7 +24,7 @@ from .index import Index, recompute
 from .model import ContentKey, FileState, Ino, Progress, Reference, Stamp
 from .reconcile import Census, walk
 from .sharing import abandon
-from .store import BLOBS, INDEX, ORPHANS, STAGING, Store
+from .store import BLOBS, INDEX, ORPHANS, STAGING, Store, is_in_another
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _check(source: str, progress: Progress, *, repair: bool) -> Report:
         blobs, tree = Blobs(backing), _Tree()
         report.findings += _read_tree(backing, tree, progress)
         try:
-            index = stack.enter_context(Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.uuid))
+            index = stack.enter_context(Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.identity))
             report.findings += check_index(index, tree, backing, was_clean=store.was_clean)
             tree.scanned = index.is_complete()
         except IndexDamaged as error:
@@ -162,12 +162,14 @@ def check_references(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Fi
     """A reference has its size and no bytes of its own, and its blob exists with that size."""
     for path, reference in tree.references.items():
         st = tree.stats[path]
-        if not st.st_size:
-            yield Finding("empty-reference", path, "an empty file with a reference record", _forget(backing, path))
+        if is_in_another(backing, path):
             continue
         if reference.materialising:
             repair = _abandon(backing, path, reference)
             yield Finding("materialising", path, "a copy from its blob was not finished", repair)
+        elif not st.st_size:
+            yield Finding("empty-reference", path, "an empty file with a reference record", _forget(backing, path))
+            continue
         elif st.st_size != reference.size_bytes or _has_data(backing, path, st):
             yield Finding(
                 "foreign-write",

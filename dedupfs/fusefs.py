@@ -19,6 +19,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+from .backing import RENAME_EXCHANGE
 from .errors import DedupfsError, SourceError, Unavailable
 from .model import Caller
 from .openfiles import Handle, Key
@@ -134,22 +135,37 @@ class _OtherNames:
         with self._lock:
             return [name for name in self._names.get(Key.of(st), ()) if name != path]
 
-    def gone(self, st: os.stat_result, path: bytes) -> None:
+    def gone(self, st: os.stat_result, path: bytes) -> list[bytes]:
+        """An inode lost a name; `st` is from afterwards. Answers its other names."""
         with self._lock:
-            names = self._names.get(Key.of(st))
-            if names is not None:
-                names.discard(path)
-                if not names:
-                    del self._names[Key.of(st)]
+            names = self._names.get(Key.of(st), set())
+            names.discard(path)
+            if st.st_nlink <= 1:  # the last name has no others, and a number that is used again inherits none
+                self._names.pop(Key.of(st), None)
+            return list(names)
 
     def moved(self, st: os.stat_result, old: bytes, new: bytes) -> None:
         """A file or directory was renamed."""
         with self._lock:
-            changed = self._names.values() if stat.S_ISDIR(st.st_mode) else filter(None, [self._names.get(Key.of(st))])
-            for names in changed:
-                for name in [name for name in names if name == old or name.startswith(old + b"/")]:
-                    names.discard(name)
-                    names.add(new + name[len(old) :])
+            self._move(st, {old: new})
+
+    def exchanged(self, st: os.stat_result, other: os.stat_result, old: bytes, new: bytes) -> None:
+        """`st` is at `new` now, and `other` at `old`."""
+        with self._lock:
+            whole = other if stat.S_ISDIR(other.st_mode) else st
+            self._move(whole, {old: new, new: old})
+            if not stat.S_ISDIR(whole.st_mode):
+                self._move(other, {new: old})
+
+    def _move(self, st: os.stat_result, moves: dict[bytes, bytes]) -> None:
+        changed = list(self._names.values()) if stat.S_ISDIR(st.st_mode) else [self._names.get(Key.of(st), set())]
+        for names in changed:
+            for name in list(names):
+                for old, new in moves.items():
+                    if name == old or name.startswith(old + b"/"):
+                        names.discard(name)
+                        names.add(new + name[len(old) :])
+                        break
 
 
 class _Adapter(fuse.FUSE):  # type: ignore[misc]
@@ -216,9 +232,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self.invalidate(os.path.dirname(path))
 
     def _invalidate_others(self, st: os.stat_result, path: bytes | None) -> None:
-        if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
-            for name in self._names.of(st, path):
-                self.invalidate(name)
+        for name in self._names.of(st, path):
+            self.invalidate(name)
 
     def _handle(self, fip: Any) -> Handle | None:
         return self._handles.get(fip.contents.fh) if fip else None
@@ -261,9 +276,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def unlink(self, path: bytes) -> None:
         relative = _relative(path)
-        st = self._vfs.unlink(relative)
-        self._names.gone(st, relative)
-        self._invalidate_others(st, relative)
+        for name in self._names.gone(self._vfs.unlink(relative), relative):
+            self.invalidate(name)
 
     def rmdir(self, path: bytes) -> None:
         self._vfs.rmdir(_relative(path))
@@ -278,17 +292,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def rename_fuse_3(self, path: bytes, new: bytes, flags: int) -> None:
         old, relative = _relative(path), _relative(new)
         st, replaced = self._vfs.rename(old, relative, flags)
-        if flags & 2:
-            self._names.moved(st, old, b"\0")
-            if replaced is not None:
-                self._names.moved(replaced, relative, old)
-            self._names.moved(st, b"\0", relative)
+        if flags & RENAME_EXCHANGE and replaced is not None:
+            self._names.exchanged(st, replaced, old, relative)
+            self._invalidate_others(replaced, old)
         else:
             if replaced is not None:
-                self._names.gone(replaced, relative)
+                for name in self._names.gone(replaced, relative):
+                    self.invalidate(name)
             self._names.moved(st, old, relative)
-        if replaced is not None:
-            self._invalidate_others(replaced, relative)
         self._invalidate_others(st, relative)
 
     def opendir(self, path: bytes, fip: Any) -> None:

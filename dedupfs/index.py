@@ -4,7 +4,7 @@ Only this module imports lmdb; `codec` makes the bytes. The tables (d: dupsort, 
 
     table      key               value             says
     meta       b"version"        b"1"              schema version; another one is refused
-    meta       b"store"          uuid              the store this index describes; another one's is not used
+    meta       b"store"          identity          the store this index describes; another one's is not used
     meta       b"complete"       b"1"              a walk of the whole tree has finished
     meta       b"count.*"        counter           sums, see `_COUNTERS`; fsck recomputes them
     files      inode             FileRecord        the settled state of a regular file
@@ -33,7 +33,7 @@ from lmdb.verify import VerifyError, verify
 
 from . import codec
 from .errors import IndexDamaged, StoreError, UnknownFormat
-from .model import ContentKey, FileRecord, FileState, Ino, Link, Totals
+from .model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Totals
 
 SCHEMA_VERSION = b"1"
 
@@ -47,7 +47,7 @@ _VERIFIED_BYTES = 64 << 20  # half a second
 class Index:
     """An open index. Reading is for any thread; at most one `Batch` exists at a time."""
 
-    def __init__(self, directory: str | bytes, store_uuid: str) -> None:
+    def __init__(self, directory: str | bytes, identity: str) -> None:
         """Open or create. Raises IndexDamaged when it cannot be used as it is, UnknownFormat when it is newer."""
         _verify(os.path.join(os.fsdecode(directory), "data.mdb"))
         try:
@@ -69,7 +69,7 @@ class Index:
         self._dirs, self._holders, self._sharers = tables["dirs"], tables["holders"], tables["sharers"]
         self._queue = tables["queue"]
         try:
-            self._check_identity(store_uuid.encode())
+            self._check_identity(identity.encode())
         except BaseException:
             self._env.close()
             raise
@@ -82,20 +82,22 @@ class Index:
             self._env.close()
             raise IndexDamaged(f"the index has {found} of {promised} bytes")
 
-    def _check_identity(self, store_uuid: bytes) -> None:
+    def _check_identity(self, identity: bytes) -> None:
         with self._write() as txn:
             version = txn.get(b"version", db=self._meta)
             if version is None:
                 txn.put(b"version", SCHEMA_VERSION, db=self._meta)
-                txn.put(b"store", store_uuid, db=self._meta)
+                txn.put(b"store", identity, db=self._meta)
                 return
             owner = txn.get(b"store", db=self._meta)
         if version != SCHEMA_VERSION:
             raise UnknownFormat(
                 f"the index has schema {version!r}, this dedupfs knows {SCHEMA_VERSION!r}; use a newer one"
             )
-        if owner != store_uuid:
-            raise IndexDamaged("the index describes another store; run dedupfs rebuild")
+        if owner != identity:
+            raise IndexDamaged(
+                "the index describes another store, or this one before it was copied; run dedupfs rebuild"
+            )
 
     def close(self) -> None:
         self._env.sync(True)
@@ -143,6 +145,16 @@ class Index:
             if not cursor.set_key(codec.encode_content(content)):
                 return []
             return [codec.decode_ino(value) for value in cursor.iternext_dup()]
+
+    def numbers(self, digest: Digest) -> list[int]:
+        """The collision numbers that are in use with this digest."""
+        with self._read() as txn, txn.cursor(self._holders) as cursor:
+            found: list[int] = []
+            more = cursor.set_range(codec.encode_content(ContentKey(digest, 0)))
+            while more and (content := codec.decode_content(cursor.key())).digest == digest:
+                found.append(content.collision)
+                more = cursor.next_nodup()
+            return found
 
     def count_holders(self, content: ContentKey) -> int:
         with self._read() as txn, txn.cursor(self._holders) as cursor:
@@ -327,14 +339,11 @@ class Batch:
         sharing = (FileState.REFERENCE, FileState.SHARED)
         return [ino for ino in self.holders(content) if (held := self.file(ino)) is not None and held.state in sharing]
 
-    def collisions(self, content: ContentKey) -> list[ContentKey]:
-        """Every known content with the digest of `content`, by collision number."""
-        found: list[ContentKey] = []
-        candidate = ContentKey(content.digest, 0)
-        while self.holders(candidate):
-            found.append(candidate)
-            candidate = ContentKey(content.digest, candidate.collision + 1)
-        return found
+    def numbers(self, digest: Digest) -> list[int]:
+        """The collision numbers under which somebody holds a content with this digest, ascending."""
+        changed = (content.collision for content in self._holders if content.digest == digest)
+        numbers = set(self._index.numbers(digest)).union(changed)
+        return sorted(number for number in numbers if self.holders(ContentKey(digest, number)))
 
     def paths(self, ino: Ino, root: Ino) -> list[bytes]:
         """Like Index.paths, with the changes of this batch in view."""

@@ -22,7 +22,7 @@ from .journal import Recording
 from .model import SMALLEST_SHARED_BYTES, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
 from .openfiles import InUse, Key, OpenFiles
 from .sharing import Changed, Recorder, ReferenceSharing, Settled, Sharing
-from .store import is_another
+from .store import is_in_another
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Matcher:
         key = Key.of(st)
         if st.st_ino != ino:
             raise FileNotFoundError
-        if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device or self._is_in_another_store(path):
+        if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
             return
         with self._openfiles.watch(key) as watch:
             fd = self._backing.open_quietly(path)
@@ -70,17 +70,11 @@ class Matcher:
                 if Key.of(st) != key:
                     raise Changed("replaced")
                 file = Settled(path, fd, Stamp.of(st), key, watch)
-                if self._record_reference(batch, file, st):
+                if self._record_reference(batch, file, st) or is_in_another(self._backing, path):
                     return
                 self._match(batch, file, self._digest(batch, file, digest))
             finally:
                 os.close(fd)
-
-    def _is_in_another_store(self, path: bytes) -> bool:
-        while path := path.rpartition(b"/")[0]:
-            if is_another(self._backing, path):
-                return True
-        return False
 
     def _record_reference(self, batch: Batch, file: Settled, st: os.stat_result) -> bool:
         """Whether the file is a reference, which then is recorded, and mended where a crash left it half-way."""
@@ -92,7 +86,7 @@ class Matcher:
             if doubtful is not None:
                 # Which of the two contents is wanted a person has to say; until then the blob is kept. No file has this
                 # stamp, so that nothing else is ever concluded from the record.
-                record = FileRecord(Stamp(0, 0, 0), FileState.REFERENCE, doubtful.content)
+                record = FileRecord(Stamp(doubtful.size_bytes, 0, 0), FileState.REFERENCE, doubtful.content)
                 batch.put_file(file.key.ino, record)
             return True
         if reference is None:
@@ -100,7 +94,7 @@ class Matcher:
                 with suppress(OSError):  # truncated, and the crash came before its record went
                     self._backing.fremove_reference(file.fd)
             return False
-        if reference.materialising:
+        if reference.materialising and self._blobs.usable(reference.content):
             self._references.undo_copy(file.path, reference)
             st = os.fstat(file.fd)
         self._recording.put(batch, file.path, st, FileState.REFERENCE, reference.content)
@@ -123,22 +117,31 @@ class Matcher:
     def _match(self, batch: Batch, file: Settled, digest: Digest) -> None:
         st = os.fstat(file.fd)
         shareable = st.st_size >= SMALLEST_SHARED_BYTES and st.st_nlink == 1
-        free: ContentKey | None = None
-        content = ContentKey(digest)
-        for content in (ContentKey(digest, number) for number in itertools.count()):
-            holders = batch.holders(content)
-            others = [ino for ino in holders if ino != file.key.ino]
-            if not others and not self._blobs.usable(content):
-                free = free or content
-                if not holders:
-                    break
-            elif self._size_of(batch, content, others) == st.st_size:
+        for content in self._known_contents(batch, digest):
+            others = [ino for ino in batch.holders(content) if ino != file.key.ino]
+            if self._size_of(batch, content, others) == st.st_size:
                 if shareable and self._try_sharing(batch, file, content, others):
                     return
                 if self._equals_known(batch, file, content, others):
-                    free = content
-                    break
-        self._recording.put(batch, file.path, st, FileState.PLAIN, free or content)
+                    self._recording.put(batch, file.path, st, FileState.PLAIN, content)
+                    return
+        taken = set(batch.numbers(digest))
+        if (known := batch.file(file.key.ino)) is not None and batch.holders(known.content) == [file.key.ino]:
+            taken.discard(known.content.collision if known.content.digest == digest else -1)
+        free = (ContentKey(digest, number) for number in itertools.count() if number not in taken)
+        content = next(content for content in free if self._blobs.stat(content) is None)
+        self._recording.put(batch, file.path, st, FileState.PLAIN, content)
+
+    def _known_contents(self, batch: Batch, digest: Digest) -> list[ContentKey]:
+        """Every content with this digest that somebody holds, or that has a blob."""
+        known = [ContentKey(digest, number) for number in batch.numbers(digest)]
+        for number in itertools.count():
+            content = ContentKey(digest, number)
+            if content not in known:
+                if not self._blobs.usable(content):
+                    return sorted(known)
+                known.append(content)
+        raise AssertionError("counting ended")
 
     def _try_sharing(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
         try:
@@ -241,9 +244,18 @@ class Matcher:
             with self._open_other(batch, ino) as other:
                 if other is not None:
                     return same_bytes(other.fd, file.fd, file.watch.checkpoint)
-            # Open for writing, say. If it is not changed after all, it finds this file when it is closed.
-            self._openfiles.settle_when_closed(Key(self._backing.device, ino))
-        return False
+        # Nobody can be compared with: all are being written to, say. Then nobody vouches for this content, and the file
+        # takes it over; they find it when they are settled again.
+        for ino in others:
+            held = batch.file(ino)
+            if held is not None and held.state is FileState.REFERENCE:
+                return False
+        for ino in others:
+            paths = batch.paths(ino, self._backing.root_ino)
+            batch.forget_file(ino)
+            if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)) and paths:
+                self._offer(ino, paths[0])
+        return True
 
     @contextmanager
     def _open_other(self, batch: Batch, ino: Ino) -> Iterator[Settled | None]:

@@ -18,7 +18,6 @@ from .index import Index
 from .journal import Found, Recording, Unnamed
 from .model import ROOT, STORE_DIRECTORY, Ino, Link, Progress, Stamp
 from .settle import Settler
-from .store import is_another
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +44,10 @@ class Census:
 def walk(
     backing: Backing, census: Census, stopping: Callable[[], bool], top: bytes = ROOT
 ) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Every directory and regular file below `top` on the source's filesystem, without the store, and without other
-    stores. Raises Stopped."""
+    """Every directory and regular file below `top` on the source's filesystem, without the store. Raises Stopped."""
     waiting = [top]
     while waiting:
         directory = waiting.pop()
-        if is_another(backing, directory):
-            continue
         census.directories += 1
         prefix = directory + b"/" if directory else b""
         try:
@@ -99,7 +95,7 @@ class Reconciler:
         complete = False
         with self._settler.watching_moves() as take_moved:
             tops = [ROOT]
-            while tops:
+            while True:
                 for top in tops:
                     self._walk_and_look(top, census, progress, settle, stopping)
                 progress("looking", census.files, None)
@@ -110,8 +106,10 @@ class Reconciler:
                 with self._settler.quiet():
                     # What an app moved meanwhile may have gone from where we had not been to where we had.
                     tops = take_moved()
-                    if not tops and not census.unreadable and self._settler.failures == failures:
-                        complete = self._settler.declare_complete()
+                    if not tops and not self._settler.pending():
+                        if not census.unreadable and self._settler.failures == failures:
+                            complete = self._settler.declare_complete()
+                        break
         if complete:
             self._index.set_complete()
             self._look_at_blobs()

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _BATCH_FILES = 256
 _BATCH_S = 1.0
+_POLL_S = 0.2  # for readers of a blob that nothing refers to any more
 _RETRY_S = 5.0  # after the index could not be written
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
 
@@ -190,6 +191,12 @@ class Settler:
                         yield
                         return
 
+    def wait_until_removed(self, timeout_s: float) -> None:
+        """Wait until the blobs that lost their last reference are gone; those that an app reads stay until then."""
+        with self._condition:
+            if self._thread is not None and self.index_is_complete:
+                self._condition.wait_for(lambda: not self._recording.unreferenced or self._stopping, timeout_s)
+
     def pending(self) -> int:
         with self._condition:
             return len(self._fresh) + len(self._backlog) + len(self._working)
@@ -230,7 +237,7 @@ class Settler:
                 self._condition.wait_for(
                     lambda: self._fresh or self._backlog or len(self._journal) or self._stopping,
                     # A blob that nothing refers to may only have to wait for a reader to close it.
-                    timeout=1.0 if self._recording.unreferenced and self.index_is_complete else None,
+                    timeout=_POLL_S if self._recording.unreferenced and self.index_is_complete else None,
                 )
                 if self._stopping:
                     return

@@ -135,7 +135,7 @@ class ReferenceSharing:
         return self._become_blob(known, content, "publish", self._blobs.publish, durable=durable)
 
     def heal(self, good: Settled, rotten: ContentKey) -> os.stat_result:
-        """Like `publish` (`finish` included), where the blob exists and is not what its digest says, or is missing.
+        """Like `publish`, where the blob exists and is not what its digest says, or is missing.
 
         The damaged one goes to quarantine/. Every reference to it reads the good bytes from its next open on.
         """
@@ -366,10 +366,10 @@ def abandon(backing: Backing, fd: int, reference: Reference) -> None:
 
     In this order: while the mark is there, the blob is the truth.
     """
-    try:
-        # The size is what apps see before anybody has opened the file: it must not shrink, not even for a moment.
+    # The size is what apps see before anybody has opened the file: better it does not shrink, not even for a moment.
+    with suppress(OSError):
         backing.punch(fd, reference.size_bytes)
-    except OSError:
+    if backing.has_data(fd):
         backing.ftruncate(fd, 0)
     backing.ftruncate(fd, reference.size_bytes)
     os.utime(fd, ns=(os.fstat(fd).st_atime_ns, reference.mtime_ns))

@@ -68,6 +68,10 @@ class Store:
             except BlockingIOError:
                 raise Busy(f"{shown} is in use by another dedupfs ({self._owner()})") from None
             self.uuid = self._read_or_write_format()
+            st = backing.lstat(_FORMAT)
+            # The index names inodes by number. A copy of the store, file by file, has other numbers, and another time
+            # here, which nothing can set; a copy of the whole filesystem keeps both.
+            self.identity = f"{self.uuid} {st.st_ino} {st.st_ctime_ns}"
             for directory in _DIRECTORIES:
                 with suppress(FileExistsError):
                     backing.mkdir(directory, 0o700)
@@ -138,15 +142,13 @@ class Store:
         self.close()
 
 
-def is_another(backing: Backing, directory: bytes) -> bool:
-    """Whether a directory below the source is a source itself: then what is in it is that store's business."""
-    if not directory:
-        return False
-    try:
-        backing.lstat(directory + b"/" + _FORMAT)
-    except OSError:
-        return False
-    return True
+def is_in_another(backing: Backing, path: bytes) -> bool:
+    """Whether a directory on the way to `path` is a source itself: then what is in it is that store's business."""
+    while path := path.rpartition(b"/")[0]:
+        with suppress(OSError):
+            backing.lstat(path + b"/" + _FORMAT)
+            return True
+    return False
 
 
 def is_owned(backing: Backing) -> bool:

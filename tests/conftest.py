@@ -71,7 +71,13 @@ class Mounts:
         self._numbers = itertools.count(1)
         self._made: list[Mounted] = []
 
-    def new(self, *options: str, over_itself: bool = False, prepare: Callable[[Path], object] | None = None) -> Mounted:
+    def new(
+        self,
+        *options: str,
+        over_itself: bool = False,
+        prepare: Callable[[Path], object] | None = None,
+        user: int | None = None,
+    ) -> Mounted:
         """A store that is not mounted yet. `prepare` fills the source directory before anything else happens."""
         number = next(self._numbers)
         source = self._directory / f"source-{number}"
@@ -86,6 +92,7 @@ class Mounts:
             options=options,
             expected_log=self.expected_log,
             watchdog_s=self._watchdog_s,
+            user=user,
         )
         self._made.append(mounted)
         return mounted

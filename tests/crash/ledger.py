@@ -99,16 +99,28 @@ class Ledger:
             dumped = [{path: state and asdict(state) for path, state in world.items()} for world in worlds]
             os.write(self._fd, json.dumps({"certain": certain, "worlds": dumped}).encode() + b"\n")
 
-    def check(self, look: Look, paths: set[str], *, ignore: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
-        """What is not as it may be. `paths`: all that there are."""
+    def check(
+        self, look: Look, paths: set[str], *, ignore: AbstractSet[str] = frozenset(), looked_at: bool = True
+    ) -> list[str]:
+        """What is not as it may be. `paths`: all that there are.
+
+        Until dedupfs has `looked_at` all files after a crash, one that was being materialised may show the time of
+        that.
+        """
         problems = []
         uncertain = {path for world in self.possible for path in world}
         for path in sorted((set(self.certain) | paths) - uncertain - ignore):
             problems += compare(path, self.certain.get(path), look)
         seen = {path: _try(look, path) for path in uncertain}
-        if self.possible and not any(_agree(world, seen) for world in self.possible):
-            problems.append(f"a call was under way; there is {seen}, and might be {self.possible}")
+        possible = self.possible if looked_at else [_timeless(world) for world in self.possible]
+        if possible and not any(_agree(world, seen) for world in possible):
+            problems.append(f"a call was under way; there is {seen}, and might be {possible}")
         return problems
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def adopt(self, look: Look) -> None:
         """Take what there is, after a crash, for certain."""
@@ -130,6 +142,10 @@ def _try(look: Look, path: str) -> State | str | None:
         return look(path)
     except OSError as error:
         return f"cannot be read: {error}"
+
+
+def _timeless(world: World) -> World:
+    return {path: state and replace(state, mtime_ns=None) for path, state in world.items()}
 
 
 def _agree(world: World, seen: dict[str, State | str | None]) -> bool:

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -105,8 +106,8 @@ class App:
                 found.add(os.fsdecode(path))
         return found
 
-    def check(self, *, ignore: set[str]) -> list[str]:
-        return self.ledger.check(self.look, self.paths(), ignore=ignore)
+    def check(self, *, ignore: AbstractSet[str] = frozenset(), looked_at: bool = True) -> list[str]:
+        return self.ledger.check(self.look, self.paths(), ignore=ignore, looked_at=looked_at)
 
     # --- calls
 
@@ -577,12 +578,12 @@ def play(steps: Steps, scenario: str, source: str, ledger: str, options: str) ->
     steps.arm()
     played.act(run)
     steps.disarm()
-    problems = []
+    problems: list[str] = []
     if steps.failed:
         # The failure is gone; what it held up is done when the archive is looked at again.
         run.engine.scan(no_progress)
     run.settle()
-    problems += run.app.check(ignore=set())
+    problems += run.app.check()
     if not played.keeps_plain:
         problems += _unshared(run.app, run.engine)
     run.stop()
@@ -605,17 +606,18 @@ def recover(steps: Steps, source: str, ledger: str, options: str, scenario: str,
     engine = Engine(source, parse_options(options, privileged=os.geteuid() == 0), backing=backing)
     app = App(known)
     app.serve(engine.vfs)
-    problems += [f"at the start: {problem}" for problem in app.check(ignore=set(played.rotten))]
+    problems += [f"at the start: {problem}" for problem in app.check(ignore=set(played.rotten), looked_at=False)]
     engine.start()
     engine.settle(no_progress)
     steps.disarm()
-    problems += app.check(ignore=set())
-    known.adopt(app.look)
-    if engine.status()["pending"]:
-        problems.append(f"something is still pending: {engine.status()}")
-    if not played.keeps_plain:
-        problems += _unshared(app, engine)
-    problems += _go_on(app, engine)
+    problems += app.check()
+    if not problems:
+        known.adopt(app.look)
+        if engine.status()["pending"]:
+            problems.append(f"something is still pending: {engine.status()}")
+        if not played.keeps_plain:
+            problems += _unshared(app, engine)
+        problems += _go_on(app, engine)
     engine.close()
     return problems + _inspect(Path(source))
 
@@ -628,7 +630,7 @@ def _go_on(app: App, engine: Engine) -> list[str]:
         if st.st_nlink == 1 and st.st_size > len(PIECE):
             app.edit(path, PIECE, 1)
     engine.settle(no_progress)
-    return [f"when life goes on: {problem}" for problem in app.check(ignore=set())]
+    return [f"when life goes on: {problem}" for problem in app.check()]
 
 
 def _unshared(app: App, engine: Engine) -> list[str]:

@@ -53,7 +53,7 @@ class Stage:
         if kill is not None and outcome.killed:
             return []
         problems = list(outcome.result or [])
-        return [*problems, outcome.error + outcome.log] if outcome.error else problems
+        return [*problems, *outcome.error.splitlines()[-3:]] if outcome.error else problems
 
     def recovery_steps(self) -> list[str]:
         outcome = self._crasher.run(RECOVER, **self._where())

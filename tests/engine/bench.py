@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,16 @@ def content(label: str, size_bytes: int = 3 * BLOCK + 100) -> bytes:
 
 def silent(phase: str, done: int, total: int | None) -> None:
     """Progress that nobody looks at."""
+
+
+def impatient(seconds: float = PATIENCE_S) -> Callable[[str, int, int | None], None]:
+    """Progress that ends a loop which makes none."""
+    deadline = time.monotonic() + seconds
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        assert time.monotonic() < deadline, f"{phase} does not come to an end ({done} done)"
+
+    return progress
 
 
 def few_bits(count: int) -> DescriptorHasher:
@@ -169,25 +180,25 @@ class Bench:
     def crash(self) -> None:
         """What SIGKILL leaves of an engine without threads: what is on disk, and no owner."""
         engine, self._engine = self.engine, None
-        for inode in list(engine.openfiles._inodes.values()):
-            descriptors = {handle.own_fd for handle in inode.handles} | set(inode.retired_fds)
-            if inode.content_fd >= 0:
-                descriptors.add(inode.content_fd)
-            for fd in descriptors:
-                os.close(fd)
         engine._as_caller.close()
         engine.index._env.close()
-        os.close(engine.store._lock_fd)
-        os.close(engine.backing.root_fd)
+        for fd, _ in self._open_descriptors():
+            os.close(fd)
 
     def recover(self) -> Engine:
         """Start again after a crash, and reconcile."""
         engine = self.open()
-        engine.scan(silent)
+        self.scan()
         return engine
 
     def settle(self) -> None:
-        self.engine.settle(silent)
+        """Until nothing is pending, and the index knows of everything that happened."""
+        self.engine.settle(impatient())
+        if not self.engine._running:
+            self.engine._work_off(impatient())
+
+    def scan(self) -> dict[str, object]:
+        return self.engine.scan(impatient())
 
     # -- what apps do -------------------------------------------------------------------------------------------------
 
@@ -205,6 +216,14 @@ class Bench:
     @contextmanager
     def opened(self, path: str, flags: int = os.O_RDONLY) -> Iterator[Handle]:
         handle = self.open_file(path, flags)
+        try:
+            yield handle
+        finally:
+            self.close_file(handle)
+
+    @contextmanager
+    def opened_new(self, path: str) -> Iterator[Handle]:
+        handle = self.create_file(path)
         try:
             yield handle
         finally:
@@ -377,8 +396,10 @@ class Bench:
         problems = []
         try:
             if self._engine is not None:
-                self.settle()
-                self.close()
+                try:
+                    self.settle()
+                finally:
+                    self.close()
             if self._expected_findings is not None and (self.source / ".dedupfs").exists():
                 report = self.fsck()
                 if sorted(finding.check for finding in report.findings) != self._expected_findings:
@@ -389,10 +410,11 @@ class Bench:
         for message in self._messages.seen:
             if not any(re.search(pattern, message) for pattern in self._expected_log):
                 problems.append(f"log: {message}")
-        problems += [f"left open: {path}" for path in self._open_descriptors()]
+        problems += [f"left open: {path}" for _, path in self._open_descriptors()]
         assert not problems, "\n".join(problems)
 
-    def _open_descriptors(self) -> list[str]:
+    def _open_descriptors(self) -> list[tuple[int, str]]:
+        """Descriptors of this process that lead into the source."""
         found = []
         for entry in os.listdir("/proc/self/fd"):
             try:
@@ -400,7 +422,7 @@ class Bench:
             except FileNotFoundError:
                 continue
             if path.startswith(str(self.source)):
-                found.append(path)
+                found.append((int(entry), path))
         return found
 
 

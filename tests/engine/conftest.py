@@ -21,6 +21,7 @@ def bench(request: pytest.FixtureRequest, filesystem_pool: FilesystemPool) -> It
     source = filesystem.directory(request.node.name)
     made = Bench(source, Share(strategy))
     made.open()
+    made.scan()  # of nothing, so that the index is complete from the start
     yield made
     try:
         made.finish()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.flavours import FLAVOURS
 
-from .bench import BLOCK, ME, Bench, content, few_bits, silent
+from .bench import BLOCK, ME, Bench, content, few_bits, impatient
 
 every_strategy = pytest.mark.parametrize("bench", FLAVOURS, indirect=True, ids="-".join)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -106,7 +106,7 @@ def test_a_difference_in_the_last_piece_is_found(bench: Bench) -> None:
     bench.put("one", data)
     bench.put("two", other)
     bench.open(hasher=few_bits(0))
-    bench.engine.scan(silent)
+    bench.scan()
     assert bench.state("one") == bench.state("two") == "plain"
     assert bench.duplicates("one") == []
     assert bench.read("one") == data
@@ -228,6 +228,7 @@ def test_a_hard_link_to_shared_content(bench: Bench) -> None:
     bench.write("two", data)
     bench.settle()
     bench.link("one", "one again")
+    bench.settle()
     assert bench.read("one again") == data
     assert bench.duplicates("two") == ["one", "one again"]
     bench.append("one again", b"more")
@@ -282,7 +283,7 @@ def test_collisions(bench: Bench, bits: int) -> None:
     for name, data in zip(names, contents, strict=True):
         bench.put(name, data)
     bench.open(hasher=few_bits(bits))
-    bench.engine.scan(silent)
+    bench.scan()
     for name, data in zip(names, contents, strict=True):
         assert bench.read(name) == data
         equal = [other for other, theirs in zip(names, contents, strict=True) if theirs == data and other != name]
@@ -387,8 +388,8 @@ def test_a_second_mount_finds_nothing_to_do(bench: Bench) -> None:
     bench.write("four", content("other"))
     bench.settle()
     bench.reopen()
-    assert bench.engine.scan(silent)["looked_at"] == 0
-    assert bench.engine.settle(silent) == {"settled": 0}
+    assert bench.scan()["looked_at"] == 0
+    assert bench.engine.settle(impatient()) == {"settled": 0}
 
 
 def test_the_caller_is_the_test() -> None:

@@ -56,7 +56,7 @@ EDITORS = {
 
 def test_editing_one_copy_leaves_the_others_alone(mounted: Mounted, plain: Path) -> None:
     """All in one mount: each program has three copies of its own, which are references to the one content of all."""
-    picture, other = photograph(), photographs(24)[-1]
+    picture, other = photograph(jpeg=True), photographs(24)[-1]
     content = picture.read_bytes()
     copies = {name: shared_copies(mounted, picture, name=name) for name in EDITORS}
     expected = {}

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from . import users
 from .filesystems import is_mountpoint, remove_tree, unmount
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,11 +64,14 @@ def dedupfs(
     Fails the test when it exits with anything but `exit_code`; with None every exit code is taken.
     """
     command = [os.fsdecode(argument) for argument in arguments]
-    full = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONFAULTHANDLER": "1", **(environment or {})}
+    python, python_path = sys.executable, str(REPOSITORY)
+    if user is not None:
+        python, python_path = str(users.interpreter()), users.search_path(REPOSITORY)
+    full = {**os.environ, "PYTHONPATH": python_path, "PYTHONFAULTHANDLER": "1", **(environment or {})}
     # Files, not pipes: a daemon that keeps a pipe open would keep us waiting for its end.
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         done = subprocess.run(
-            [sys.executable, "-m", "dedupfs", *command],
+            [python, "-m", "dedupfs", *command],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -113,13 +117,18 @@ class Mounted:
         expected_log: Iterable[str] = (),
         environment: Mapping[str, str] | None = None,
         watchdog_s: float = 270,
+        user: int | None = None,
     ) -> None:
+        """With `user`, everything is done by that user, who owns both directories."""
         self.source = source
         self.mountpoint = mountpoint
         self.options = tuple(options)
         self.pid = 0
         self._expected_log = list(expected_log)
         self._environment = dict(environment or {})
+        self._user = user
+        if user is not None:
+            self._environment.setdefault("XDG_RUNTIME_DIR", str(users.runtime_directory()))
         self._watchdog_s = watchdog_s
         self._watchdog: threading.Timer | None = None
         self._hung = False
@@ -127,8 +136,10 @@ class Mounted:
         self._needs_reconcile = False
         self._check_store = True
         self._check_descriptors = True
-        source.mkdir(exist_ok=True)
-        mountpoint.mkdir(exist_ok=True)
+        for directory in (source, mountpoint):
+            directory.mkdir(exist_ok=True)
+            if user is not None:
+                os.chown(directory, user, user)
         # Opened before anything is mounted over it, this is the backing directory for good.
         self._source_fd = os.open(source, os.O_PATH | os.O_DIRECTORY)
 
@@ -155,15 +166,17 @@ class Mounted:
         """The same path in the backing directory: a plain file, or a reference."""
         return self.backing.joinpath(*map(os.fsdecode, parts))
 
+    def run(self, command: str, *arguments: str | bytes | Path, exit_code: int | None = 0) -> Answer:
+        """Run a command of dedupfs as whoever this mount belongs to."""
+        return dedupfs(command, *arguments, exit_code=exit_code, environment=self._environment, user=self._user)
+
     # --- mounting
 
     def start(self, *options: str) -> Self:
         """Mount; with options, from now on with those instead."""
         self.options = options or self.options
         arguments = ["-o", ",".join(self.options)] if self.options else []
-        answer = dedupfs(
-            "mount", self.source, self.mountpoint, *arguments, exit_code=None, environment=self._environment
-        )
+        answer = self.run("mount", self.source, self.mountpoint, *arguments, exit_code=None)
         assert answer.exit_code == 0, f"{answer}\n{self.log()}"
         self.pid = int(json.loads((self.store / "daemon.json").read_bytes())["pid"])
         self._process = os.pidfd_open(self.pid)
@@ -175,7 +188,7 @@ class Mounted:
 
     def unmount(self) -> None:
         """`dedupfs umount`, which returns when everything is down and marked clean."""
-        dedupfs("umount", self.mountpoint)
+        self.run("umount", self.mountpoint)
         assert not is_mountpoint(self.mountpoint), f"dedupfs umount returned, but {self.mountpoint} is still mounted"
         assert _has_ended(self._process, patience_s=1), f"dedupfs umount returned, but process {self.pid} runs on"
         self._forget_process()
@@ -219,10 +232,10 @@ class Mounted:
     # --- asking
 
     def settle(self) -> None:
-        dedupfs("settle", self.mountpoint)
+        self.run("settle", self.mountpoint)
 
     def status(self) -> dict[str, Any]:
-        answer = dedupfs("status", self.mountpoint, "--json").json()
+        answer = self.run("status", self.mountpoint, "--json").json()
         assert isinstance(answer, dict)
         return answer
 
@@ -306,7 +319,7 @@ class Mounted:
         self.settle()
 
     def _demand_clean_fsck(self) -> None:
-        answer = dedupfs("fsck", self.source, "--json", exit_code=None)
+        answer = self.run("fsck", self.source, "--json", exit_code=None)
         assert answer.exit_code == 0, f"the store is not clean: {answer}"
 
     def _complaints(self) -> list[str]:

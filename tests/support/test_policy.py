@@ -36,6 +36,7 @@ def run_pytest(directory: Path, *more: str, **environment: str) -> str:
         [sys.executable, "-m", "pytest", *options, *more, str(directory)],
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=60,
         env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", **environment},
     )

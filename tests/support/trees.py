@@ -11,9 +11,9 @@ from .tools import GROUP, OTHER_GROUP, USER, tool
 FOLDERS = ("field", "office", "archive")
 
 
-def photograph() -> Path:
-    """A sound JPEG that is not tiny."""
-    return next(path for path in photographs(24, jpeg=True) if path.stat().st_size > 64 << 10)
+def photograph(*, jpeg: bool = False) -> Path:
+    """One that is not tiny; with `jpeg`, one that particular programs are content with."""
+    return next(path for path in photographs(24, jpeg=jpeg) if path.stat().st_size > 64 << 10)
 
 
 def shared_state(mounted: Mounted) -> str:
