@@ -77,6 +77,13 @@ class Blobs:
             self._backing.unlink(aside)
             self.publish(path, content)
 
+    def drop_from_quarantine(self, ino: int) -> None:
+        """Take back what `supersede` began: the second name of a file that did not become a blob."""
+        for entry in self._backing.scandir(QUARANTINE):
+            st = entry.stat(follow_symlinks=False)
+            if st.st_ino == ino and st.st_nlink > 1:
+                self._backing.unlink(QUARANTINE + b"/" + os.fsencode(entry.name))
+
     def detach(self, content: ContentKey) -> None:
         """Give a blob that is still somebody's file an inode of its own, with the same bytes."""
         path = self.path(content)

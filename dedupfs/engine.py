@@ -72,7 +72,7 @@ class Engine:
         _sweep_orphans(backing)
         self.index = _open_index(backing, self.store.identity)
         self.settler = Settler(backing, self.index, self.openfiles, self.gate, self.references)
-        self._recording = Recording(backing, self.settler.is_pending, self.settler.offer)
+        recording = Recording(backing, self.settler.is_pending, self.settler.offer)
         self.settler.attach(
             Matcher(
                 backing,
@@ -81,11 +81,11 @@ class Engine:
                 self.references,
                 self.sharing,
                 hasher,
-                self._recording,
+                recording,
                 lambda path: self.on_replaced(path),
                 self.settler.offer,
             ),
-            self._recording,
+            recording,
         )
         if not self.store.was_clean:
             # Said in the index, so that it stays said until a walk has come to its end, however many starts that takes.
@@ -109,7 +109,7 @@ class Engine:
             on_replaced=lambda path: self.on_replaced(path),
         )
         self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers)
-        self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler, self._recording)
+        self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None

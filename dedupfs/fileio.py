@@ -371,7 +371,12 @@ class FileIo:
                 if os.fstat(target.own_fd).st_size or inode.reference is not None:
                     os.close(blob_fd)
                     return 0
-                reference = self._references.refer_in_place(target.own_fd, content, size_bytes)
+                try:
+                    reference = self._references.refer_in_place(target.own_fd, content, size_bytes)
+                except OSError:
+                    os.close(blob_fd)
+                    self._references.discard(target.own_fd)  # no room for the record: bytes may still fit
+                    return 0
                 inode.become_reference(reference, blob_fd)
                 inode.dirty, inode.stream = True, None
             path = self._backing.path_of(target.own_fd)

@@ -323,6 +323,7 @@ class Batch:
         self._holders: dict[ContentKey, dict[Ino, bool]] = {}  # True: joined, False: left
         self._links: dict[Ino, dict[Link, bool]] = {}  # True: put, False: removed
         self._dirs: dict[Ino, Link | None] = {}
+        self.dereferenced: set[ContentKey] = set()  # contents that a record of a reference was dropped of
 
     def __len__(self) -> int:
         return len(self._files) + len(self._links) + len(self._dirs)
@@ -381,6 +382,8 @@ class Batch:
         known = self.file(ino)
         if known is not None:
             self._holders.setdefault(known.content, {})[ino] = False
+            if known.state is FileState.REFERENCE:
+                self.dereferenced.add(known.content)
         return known
 
     def directory(self, ino: Ino) -> Link | None:

@@ -100,7 +100,7 @@ class Journal:
 
 
 class Recording:
-    """Writes what is known of files into a batch. `unreferenced` gathers contents that lost a reference."""
+    """Writes what is known of files into a batch."""
 
     def __init__(
         self, backing: Backing, is_pending: Callable[[Ino], bool], offer: Callable[[Ino, bytes], None]
@@ -108,7 +108,6 @@ class Recording:
         """`is_pending`: whether a file is queued or being written; `offer`: have one looked at."""
         self._backing = backing
         self._is_pending, self._offer = is_pending, offer
-        self.unreferenced: set[ContentKey] = set()
 
     def apply(self, batch: Batch, entry: Entry) -> None:
         match entry:
@@ -141,7 +140,6 @@ class Recording:
     def put(self, batch: Batch, path: bytes, st: os.stat_result, state: FileState, content: ContentKey) -> None:
         """Record a settled file. The record comes first: a reference must be counted even if its path has moved on."""
         ino = Ino(st.st_ino)
-        self._left(batch.file(ino), state, content)
         batch.put_file(ino, FileRecord(Stamp.of(st), state, content))
         self._add_name(batch, ino, path)
 
@@ -173,12 +171,7 @@ class Recording:
         """An inode is gone, unless its number is that of another file by now, which is then recorded, or pending."""
         if any(st.st_ino == ino for st in self._stats(batch.paths(ino, self._backing.root_ino))):
             return
-        self._left(batch.forget_file(ino), None, None)
-
-    def _left(self, known: FileRecord | None, state: FileState | None, content: ContentKey | None) -> None:
-        if known is not None and known.state is FileState.REFERENCE:
-            if state is not FileState.REFERENCE or content != known.content:
-                self.unreferenced.add(known.content)
+        batch.forget_file(ino)
 
     def _retouch(self, batch: Batch, ino: Ino, path: bytes | None = None) -> None:
         """Renaming, linking and chmod change an inode's ctime: let the record follow, or it would look modified."""

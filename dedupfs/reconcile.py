@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .backing import Backing
 from .blobs import Blobs
 from .index import Index
-from .journal import Found, Recording, Unnamed
+from .journal import Found, Unnamed
 from .model import ROOT, STORE_DIRECTORY, Ino, Link, Progress, Stamp
 from .settle import Settler
 
@@ -81,9 +81,8 @@ def walk(
 class Reconciler:
     """Runs in a thread of its own beside a mount, or in the caller's without one."""
 
-    def __init__(self, backing: Backing, index: Index, blobs: Blobs, settler: Settler, recording: Recording) -> None:
-        self._backing, self._index, self._blobs = backing, index, blobs
-        self._settler, self._recording = settler, recording
+    def __init__(self, backing: Backing, index: Index, blobs: Blobs, settler: Settler) -> None:
+        self._backing, self._index, self._blobs, self._settler = backing, index, blobs, settler
 
     def run(self, progress: Progress, *, settle: Callable[[], None], stopping: Callable[[], bool]) -> Census:
         """Bring the index in line with the tree. `settle` returns when everything offered is settled.
@@ -182,7 +181,7 @@ class Reconciler:
         """Hand over those that nothing refers to, and seal those that a crash left unsealed."""
         for content, st in self._blobs.list():
             if not self._settler.is_referenced(content):
-                self._recording.unreferenced.add(content)
+                self._settler.suspect(content)
             elif st.st_nlink == 1:
                 with suppress(OSError):
                     self._blobs.seal(content)

@@ -58,6 +58,7 @@ class Settler:
         self._backlog: dict[Ino, _Pending] = {}
         self._working: dict[Ino, _Pending] = {}
         self._journal = Journal()
+        self._unreferenced: set[ContentKey] = set()  # contents whose blob may have lost its last reference
         self._moved_directories: list[bytes] | None = None
         self._applied = 0  # journal entries that are in the index
         self._waiting = 0
@@ -183,7 +184,7 @@ class Settler:
             with self._batch_lock:
                 batch = self._index.batch()
                 self._apply_journal(batch)
-                batch.commit()
+                self._commit(batch)
                 with self._gate.exclusive():
                     if not len(self._journal):
                         with self._condition:
@@ -195,7 +196,7 @@ class Settler:
         """Wait until the blobs that lost their last reference are gone; those that an app reads stay until then."""
         with self._condition:
             if self._thread is not None and self.index_is_complete:
-                self._condition.wait_for(lambda: not self._recording.unreferenced or self._stopping, timeout_s)
+                self._condition.wait_for(lambda: not self._unreferenced or self._stopping, timeout_s)
 
     def pending(self) -> int:
         with self._condition:
@@ -226,7 +227,7 @@ class Settler:
         with self._batch_lock:
             batch = self._index.batch()
             self._apply_journal(batch)
-            batch.commit()
+            self._commit(batch)
             self._remove_unreferenced()
         waiting = {**self._fresh, **self._backlog, **self._working}
         self._index.save_queue([(ino, item.path) for ino, item in waiting.items()])
@@ -237,7 +238,7 @@ class Settler:
                 self._condition.wait_for(
                     lambda: self._fresh or self._backlog or len(self._journal) or self._stopping,
                     # A blob that nothing refers to may only have to wait for a reader to close it.
-                    timeout=_POLL_S if self._recording.unreferenced and self.index_is_complete else None,
+                    timeout=_POLL_S if self._unreferenced and self.index_is_complete else None,
                 )
                 if self._stopping:
                     return
@@ -281,7 +282,7 @@ class Settler:
                     if self._stopping or self._waiting or time.monotonic() > deadline:
                         break
             applied = self._journal.appended - len(self._journal)
-            batch.commit()
+            self._commit(batch)
             self._remove_unreferenced()
         with self._condition:
             for ino in done:
@@ -358,9 +359,19 @@ class Settler:
         with self._condition:
             self._fresh.setdefault(ino, _Pending(item.path))
 
+    def _commit(self, batch: Batch) -> None:
+        batch.commit()
+        self._unreferenced |= batch.dereferenced
+
+    def suspect(self, content: ContentKey) -> None:
+        """Have the blob of this content removed, unless something refers to it after all."""
+        with self._condition:
+            self._unreferenced.add(content)
+            self._condition.notify_all()
+
     def _remove_unreferenced(self) -> None:
         """Remove the blobs that lost their last reference. The batch is committed: the index counts them all."""
-        for content in list(self._recording.unreferenced) if self.index_is_complete else []:
+        for content in list(self._unreferenced) if self.index_is_complete else []:
             with self._gate.exclusive():
                 # Inside the gate no app makes a reference; one that was made before is still in the journal.
                 with self._condition:
@@ -369,7 +380,7 @@ class Settler:
                     continue
                 if not self.is_referenced(content):
                     self._references.unlink_blob(content)
-                self._recording.unreferenced.discard(content)
+                self._unreferenced.discard(content)
 
     def is_referenced(self, content: ContentKey) -> bool:
         """Whether the index knows a reference to this content."""

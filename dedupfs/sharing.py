@@ -314,7 +314,11 @@ class ReferenceSharing:
     def discard(self, fd: int) -> None:
         """Make a reference an empty plain file. First the size: the other way round a crash leaves a file of zeros."""
         self._backing.ftruncate(fd, 0)
-        self._backing.fremove_reference(fd)
+        try:
+            self._backing.fremove_reference(fd)
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
 
     def unlink_blob(self, content: ContentKey) -> None:
         """Remove a blob that nothing refers to. The caller is inside the exclusive gate and has made certain."""
@@ -358,6 +362,8 @@ class ReferenceSharing:
                     self._blobs.remove(reference.content)
                 else:
                     self._blobs.detach(reference.content)
+        if label == b"heal":
+            self._blobs.drop_from_quarantine(int(ino))
         self._backing.unlink(staged)
 
 

@@ -195,6 +195,12 @@ class Mounted:
         assert (self.store / "clean").exists(), "unmounted, but the store is not marked clean"
         self._needs_reconcile = False
 
+    def wait_until_ended(self) -> None:
+        """Somebody else ended the mount: its daemon goes, and leaves a clean store."""
+        assert _has_ended(self._process, patience_s=_PATIENCE_S), f"process {self.pid} runs on"
+        self._forget_process()
+        assert not is_mountpoint(self.mountpoint)
+
     def kill(self) -> None:
         """SIGKILL the daemon and take away the dead mount, as an operator would."""
         assert self._process >= 0, "nothing is mounted"

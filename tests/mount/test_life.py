@@ -1,0 +1,611 @@
+"""Mounting and unmounting: whose store it is, what is found there, and how it is left."""
+
+import errno
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from tests.conftest import Mounts
+from tests.support.blocks import disk_usage, files_below, is_reference
+from tests.support.filesystems import is_mountpoint
+from tests.support.flavours import BOTH_STRATEGIES, ONE_FLAVOUR, REFERENCES
+from tests.support.mounted import Mounted, dedupfs
+from tests.support.photos import photographs
+from tests.support.tools import USER, attempt, differences, needs_root, read_afresh, tool
+from tests.support.trees import FOLDERS, make_tree, photograph, shared_copies, shared_state
+
+# What is said of an index that is not there or cannot be used.
+NEW_INDEX = r"WARNING.*(index|beginning a new one)"
+
+
+def answers(mounted: Mounted) -> dict[str, object]:
+    """Everything that dedupfs says about every file of the mount."""
+    said: dict[str, object] = {
+        os.fsencode(path).decode(errors="backslashreplace"): [
+            mounted.xattr(path, name) for name in ("digest", "state", "refs", "duplicates")
+        ]
+        for path in files_below(mounted.path())
+    }
+    status = mounted.status()
+    for name in ("files", "logical_bytes", "stored_bytes", "saved_bytes", "references", "blobs"):
+        said[f"status {name}"] = status[name]
+    said["duplicates"] = sorted(map(str, dedupfs("duplicates", mounted.mountpoint, "--json").json()))
+    return said
+
+
+# --- an archive that exists
+
+
+@pytest.mark.parametrize("over_itself", [False, True], ids=["elsewhere", "over itself"])
+def test_mounting_an_existing_archive(mounts: Mounts, over_itself: bool) -> None:
+    """It serves at once, and shares in the background what it finds; nobody else notices."""
+    original = mounts.directory("original")
+    make_tree(original, copies=3)
+    mounted = mounts.new(over_itself=over_itself, prepare=lambda source: tool("cp", "-aT", original, source))
+    look = ["find", ".", "-printf", r"%y %m %U %G %n %T@ %s %P\0"]
+    before = sorted(tool(*look, cwd=original).split(b"\0"))
+
+    mounted.start()
+    assert differences(original, mounted.path()) == []
+    mounted.settle()
+    assert mounted.status()["saved_bytes"] >= 2 * sum(path.stat().st_size for path in photographs(6))
+    assert sorted(tool(*look, cwd=mounted.path()).split(b"\0")) == before
+    assert differences(original, mounted.path()) == []
+    picture = photographs(6)[0].name
+    assert mounted.state(f"folder 0/2019/Sommer – Ausflug/{picture}") == shared_state(mounted)
+    if mounts.strategy == "reference":
+        assert sum(is_reference(path) for path in files_below(mounted.below("folder 0"))) == 6
+
+    # and what was known is known again, without another look at every file
+    said = answers(mounted)
+    mounted.restart()
+    assert answers(mounted) == said
+    assert sorted(tool(*look, cwd=mounted.path()).split(b"\0")) == before
+
+
+@BOTH_STRATEGIES
+def test_a_mount_over_itself(mounts: Mounts) -> None:
+    """No path changes, and what was written through the mount is there without it."""
+    picture = photograph()
+    mounted = mounts.new(over_itself=True, prepare=lambda source: shutil.copyfile(picture, source / "before.jpg"))
+    mounted.start()
+    assert mounted.source == mounted.mountpoint
+    shutil.copyfile(picture, mounted.source / "during.jpg")
+    (mounted.source / "note.txt").write_text("written during the mount")
+    mounted.settle()
+    assert mounted.duplicates("before.jpg") == [b"during.jpg"]
+    assert ".dedupfs" not in os.listdir(mounted.source)
+    assert dedupfs("status", mounted.source, "--json").json()["files"] == 3
+    mounted.unmount()
+    assert sorted(os.listdir(mounted.source)) == [".dedupfs", "before.jpg", "during.jpg", "note.txt"]
+    assert (mounted.source / "note.txt").read_text() == "written during the mount"
+    dedupfs("restore", mounted.source)
+    assert (mounted.source / "during.jpg").read_bytes() == picture.read_bytes()
+    assert (mounted.source / "before.jpg").read_bytes() == picture.read_bytes()
+
+
+@BOTH_STRATEGIES
+def test_work_that_is_left_at_a_clean_stop_is_done_after_the_next_start(mounted: Mounted) -> None:
+    pictures = photographs(20)
+    for folder in FOLDERS:
+        mounted.path(folder).mkdir()
+        for picture in pictures:
+            shutil.copyfile(picture, mounted.path(folder, picture.name))
+    mounted.restart()
+    mounted.settle()
+    assert mounted.status()["stored_bytes"] == sum(path.stat().st_size for path in pictures)
+    for picture in pictures:
+        assert len(mounted.duplicates(f"field/{picture.name}")) == 2
+
+
+@ONE_FLAVOUR
+def test_files_changed_while_nothing_was_mounted(mounted: Mounted) -> None:
+    content = photograph().read_bytes()
+    mounted.path("a.jpg").write_bytes(content)
+    mounted.path("b.jpg").write_bytes(b"x" + content)
+    mounted.settle()
+    mounted.unmount()
+    times = mounted.below("b.jpg").stat()
+    mounted.below("b.jpg").write_bytes(content + b"x")
+    os.utime(mounted.below("b.jpg"), ns=(times.st_atime_ns, times.st_mtime_ns))
+    mounted.below("new.jpg").write_bytes(content)
+    mounted.start()
+    assert mounted.xattr("b.jpg", "digest") == xxhash.xxh3_128_hexdigest(content + b"x").encode()
+    assert mounted.duplicates("new.jpg") == [b"a.jpg"]
+    mounted.unmount()
+    mounted.below("new.jpg").unlink()
+    mounted.start()
+    dedupfs("scan", mounted.mountpoint)
+    mounted.settle()
+    assert mounted.duplicates("a.jpg") == []
+    assert read_afresh(mounted.path("a.jpg")) == content
+
+
+@REFERENCES
+def test_a_reference_written_to_behind_the_mount_is_never_mistaken(mounted: Mounted) -> None:
+    """Neither its blob nor its own blocks can be called its content: EIO, and fsck names it."""
+    content = photograph().read_bytes()
+    first, *others = shared_copies(mounted, content)
+    mounted.unmount()
+    with open(mounted.below("field/picture.jpg"), "r+b") as file:
+        file.seek(8192)
+        file.write(b"scribbled")
+    mounted.expect_log(r"ERROR.*", r"WARNING.*field/picture.jpg")
+    mounted.expect_damage()
+    mounted.start()
+    with pytest.raises(OSError) as raised:
+        first.read_bytes()
+    assert raised.value.errno == errno.EIO
+    with pytest.raises(OSError):
+        first.open("r+b").close()
+    assert [read_afresh(path) for path in others] == [content, content]
+    mounted.unmount()
+    answer = dedupfs("fsck", mounted.source, "--json", exit_code=2)
+    assert "field/picture.jpg" in str(answer.json())
+    # truncating makes no use of any content, and puts the path in order
+    mounted.start()
+    os.truncate(first, 0)
+    first.write_bytes(content)
+    mounted.unmount()
+    dedupfs("fsck", mounted.source)
+
+
+# --- the index is no more than an index
+
+
+def _delete(index: Path, _: Path, __: random.Random) -> None:
+    shutil.rmtree(index)
+
+
+def _empty(index: Path, _: Path, __: random.Random) -> None:
+    os.truncate(index / "data.mdb", 0)
+
+
+def _truncate(index: Path, _: Path, __: random.Random) -> None:
+    os.truncate(index / "data.mdb", (index / "data.mdb").stat().st_size // 2 // 4096 * 4096)
+
+
+def _overwrite(index: Path, _: Path, rng: random.Random) -> None:
+    (index / "data.mdb").write_bytes(rng.randbytes(65536))
+
+
+def _overwrite_behind_the_header(index: Path, _: Path, rng: random.Random) -> None:
+    with open(index / "data.mdb", "r+b") as file:
+        file.seek(2 * 4096)
+        file.write(rng.randbytes(os.fstat(file.fileno()).st_size - 2 * 4096))
+
+
+def _exchange(index: Path, other_index: Path, _: random.Random) -> None:
+    shutil.copyfile(other_index / "data.mdb", index / "data.mdb")
+
+
+def _replace_by_a_file(index: Path, _: Path, __: random.Random) -> None:
+    shutil.rmtree(index)
+    index.write_text("not even a directory")
+
+
+DAMAGES = {
+    "deleted": _delete,
+    "empty": _empty,
+    "truncated": _truncate,
+    "random": _overwrite,
+    "random pages": _overwrite_behind_the_header,
+    "of another store": _exchange,
+    "a file": _replace_by_a_file,
+}
+
+
+@BOTH_STRATEGIES
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=[name.replace(" ", "-") for name in DAMAGES])
+def test_the_index_is_made_again(
+    mounts: Mounts, damage: Callable[[Path, Path, random.Random], None], rng: random.Random
+) -> None:
+    mounted = mounts.new().start()
+    for picture in photographs(4):
+        shared_copies(mounted, picture, name=picture.name)
+    for name in ("small", "small too"):
+        mounted.path(name).write_bytes(b"too small to share")
+    mounted.path("office", photographs(4)[0].name).unlink()
+    mounted.settle()
+    said = answers(mounted)
+    mounted.unmount()
+    other = mounts.new().start()
+    shared_copies(other, photographs(8)[-1])
+    other.unmount()
+
+    damage(mounted.store / "index", other.store / "index", rng)
+    mounted.expect_log(NEW_INDEX)
+    mounted.start()
+    for picture in photographs(4):
+        assert read_afresh(mounted.path("field", picture.name)) == picture.read_bytes()
+    mounted.settle()
+    assert answers(mounted) == said
+    for picture in photographs(4)[1:]:
+        for folder in FOLDERS:
+            mounted.path(folder, picture.name).unlink()
+    mounted.settle()
+    assert mounted.status()["files"] == 4
+
+
+@REFERENCES
+def test_rebuild(mounted: Mounted) -> None:
+    for picture in photographs(4):
+        shared_copies(mounted, picture, name=picture.name)
+    mounted.settle()
+    said = answers(mounted)
+    mounted.unmount()
+    dedupfs("rebuild", mounted.source)
+    mounted.start()
+    assert answers(mounted) == said
+    dedupfs("rebuild", mounted.source, exit_code=75)
+
+
+# --- one owner
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@ONE_FLAVOUR
+def test_a_store_has_one_owner(mounts: Mounts) -> None:
+    mounted = mounts.new().start()
+    shared_copies(mounted, photograph())
+    elsewhere = mounts.directory("elsewhere")
+    answer = dedupfs("mount", mounted.source, elsewhere, exit_code=75)
+    assert str(mounted.source) in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    dedupfs("mount", mounted.source, mounted.mountpoint, exit_code=75)
+    dedupfs("fsck", mounted.source, exit_code=75)
+    dedupfs("fsck", mounted.source, "--repair", exit_code=75)
+    dedupfs("rebuild", mounted.source, exit_code=75)
+    assert not is_mountpoint(elsewhere)
+    # these ask the mount, whichever of the two directories is named
+    assert dedupfs("status", mounted.source, "--json").json() == mounted.status()
+    dedupfs("scan", mounted.source)
+    mounted.unmount()
+    # an owner that is no mount
+    with _locked(mounted.store / "lock"):
+        for command in ("scan", "restore", "rebuild", "fsck"):
+            assert dedupfs(command, mounted.source, exit_code=75).stderr.count("\n") == 1
+        dedupfs("mount", mounted.source, elsewhere, exit_code=75)
+    assert not is_mountpoint(elsewhere)
+    assert (mounted.store / "clean").exists()
+
+
+@ONE_FLAVOUR
+@pytest.mark.parametrize(
+    ("content", "exit_code"),
+    [('{{"version": 2, "uuid": "{uuid}"}}', 76), ('{{"version": 99}}', 76), ("scrambled", 65), ("[]", 65)],
+)
+def test_a_store_of_a_format_that_is_not_known(mounted: Mounted, content: str, exit_code: int) -> None:
+    picture = photograph()
+    shared_copies(mounted, picture)
+    mounted.unmount()
+    description = mounted.store / "format"
+    ours = description.read_bytes()
+    description.write_text(content.format(uuid=json.loads(ours)["uuid"]))
+
+    def look() -> dict[str, Any]:
+        return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in mounted.store.rglob("*")}
+
+    before = look()
+    for command in (["mount", mounted.source, mounted.mountpoint], ["fsck", mounted.source], ["rebuild", mounted.source]):
+        answer = dedupfs(*command, exit_code=exit_code)
+        assert answer.stderr.count("\n") == 1, answer
+        assert "format" in answer.stderr
+    dedupfs("restore", mounted.source, exit_code=exit_code)
+    dedupfs("scan", mounted.source, exit_code=exit_code)
+    assert not is_mountpoint(mounted.mountpoint)
+    assert look() == before
+    description.write_bytes(ours)
+    mounted.start()
+    assert mounted.path("field/picture.jpg").read_bytes() == picture.read_bytes()
+
+
+# --- options
+
+
+@BOTH_STRATEGIES
+def test_read_only(mounts: Mounts) -> None:
+    picture = photograph()
+    mounted = mounts.new().start()
+    shared_copies(mounted, picture)
+    said = answers(mounted)
+    mounted.restart("ro", *mounted.options)
+    first = mounted.path("field/picture.jpg")
+    assert read_afresh(first) == picture.read_bytes()
+    assert answers(mounted) == said
+    for call in (
+        lambda: first.write_bytes(b"x"),
+        lambda: os.truncate(first, 0),
+        lambda: first.unlink(),
+        lambda: first.rename(mounted.path("y")),
+        lambda: mounted.path("new").touch(),
+        lambda: mounted.path("new").mkdir(),
+        lambda: os.chmod(first, 0o600),
+        lambda: os.setxattr(first, "user.x", b"x"),
+        lambda: os.utime(first),
+    ):
+        with pytest.raises(OSError) as raised:
+            call()
+        assert raised.value.errno == errno.EROFS
+    mounted.settle()
+    mounted.restart(*mounted.options[1:])
+    assert answers(mounted) == said
+
+
+@ONE_FLAVOUR
+def test_read_only_from_the_start(mounts: Mounts) -> None:
+    """Of what was never scanned there is nothing to tell, and nothing of it is changed."""
+    picture = photograph()
+
+    def prepare(source: Path) -> None:
+        for name in ("a.jpg", "b.jpg"):
+            shutil.copyfile(picture, source / name)
+
+    mounted = mounts.new("ro", prepare=prepare).start()
+    inodes = [mounted.below(name).stat().st_ino for name in ("a.jpg", "b.jpg")]
+    assert read_afresh(mounted.path("a.jpg")) == picture.read_bytes()
+    with pytest.raises(OSError) as raised:
+        mounted.xattr("a.jpg", "digest")
+    assert raised.value.errno == errno.ENODATA
+    mounted.settle()
+    assert [mounted.below(name).stat().st_ino for name in ("a.jpg", "b.jpg")] == inodes
+    mounted.restart("rw", "share=reference")
+    mounted.settle()
+    assert mounted.duplicates("a.jpg") == [b"b.jpg"]
+    assert mounted.state("a.jpg") == "reference"
+
+
+@needs_root
+@ONE_FLAVOUR
+def test_options_of_mount_8(mounted: Mounted) -> None:
+    script = mounted.path("script")
+    script.write_text("#!/bin/sh\necho ran\n")
+    script.chmod(0o755)
+    os.mknod(mounted.path("null"), 0o20666, os.makedev(1, 3))
+    shutil.copyfile("/usr/bin/id", mounted.path("id"))
+    os.chmod(mounted.path("id"), 0o4755)
+
+    def flags() -> set[str]:
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields = line.split(" ")
+            if fields[4] == str(mounted.mountpoint):
+                return set(fields[5].split(","))
+        raise AssertionError("not mounted")
+
+    # root's mount without options is like any of his
+    assert tool(script) == b"ran\n"
+    assert tool("sh", "-c", 'echo x >"$1"', "sh", mounted.path("null")) == b""
+    assert tool(mounted.path("id"), "-u", user=USER) == b"0\n"
+    assert flags().isdisjoint({"nodev", "nosuid", "noexec", "ro"})
+    assert tool("cat", script, user=USER)
+    mounted.restart("noexec", "nodev", "nosuid", "noatime", *mounted.options)
+    assert {"nodev", "nosuid", "noexec"} <= flags()
+    assert attempt("sh", "-c", '"$1"', "sh", script).returncode == 126
+    assert b"Permission denied" in attempt("sh", "-c", 'echo x >"$1"', "sh", mounted.path("null")).stderr
+    os.utime(script, ns=(10**18, 10**18 + 10**9))
+    assert read_afresh(script).startswith(b"#!")
+    assert mounted.below("script").stat().st_atime_ns == 10**18
+    mounted.restart("noexec,exec", "ro,rw", *mounted.options[4:])
+    assert tool(script) == b"ran\n"
+    script.write_text("x")
+
+
+@ONE_FLAVOUR
+def test_what_cannot_be_mounted(mounts: Mounts) -> None:
+    mounted = mounts.new()
+    inside = mounted.source / "inside"
+    inside.mkdir()
+    file = mounts.directory("other") / "file"
+    file.touch()
+    for arguments, exit_code, words in (
+        ([mounted.source, mounted.source / "nowhere"], 66, ["nowhere", "does not exist"]),
+        ([mounted.source / "nowhere", mounted.mountpoint], 66, ["nowhere", "does not exist"]),
+        ([mounted.source, inside], 66, ["inside"]),
+        ([mounted.source, mounted.source.parent], 66, ["inside"]),
+        ([mounted.source, file], 66, ["not a directory"]),
+        ([mounted.source, mounted.mountpoint, "-o", "ro,swift"], 64, ["swift", "noatime", "share=reflink"]),
+        ([mounted.source, mounted.mountpoint, "-o", "share=reflink"], 69, ["share=reference"]),
+        ([mounted.source], 64, ["MOUNTPOINT"]),
+    ):
+        answer = dedupfs("mount", *arguments, exit_code=exit_code)
+        assert answer.stderr.startswith("dedupfs: ")
+        assert answer.stderr.count("\n") == 1, answer
+        assert all(word in answer.stderr for word in words), answer
+    assert not is_mountpoint(mounted.mountpoint)
+    mounted.start("share=reference")
+
+
+# --- other filesystems
+
+
+@needs_root
+@ONE_FLAVOUR
+def test_another_filesystem_inside_the_source(mounts: Mounts) -> None:
+    """It is served, and not shared with."""
+    content = photograph().read_bytes()
+
+    def prepare(source: Path) -> None:
+        (source / "other").mkdir()
+        tool("mount", "-t", "tmpfs", "-o", "size=16m", "none", source / "other")
+        (source / "other" / "there.jpg").write_bytes(content)
+
+    mounted = mounts.new(prepare=prepare).start()
+    try:
+        mounted.path("here.jpg").write_bytes(content)
+        mounted.path("other/new.jpg").write_bytes(content)
+        mounted.settle()
+        assert mounted.state("here.jpg") == "plain"
+        assert mounted.duplicates("here.jpg") == []
+        assert mounted.path("other/new.jpg").read_bytes() == content
+        for name in ("there.jpg", "new.jpg"):
+            with pytest.raises(OSError) as raised:
+                mounted.xattr(f"other/{name}", "digest")
+            assert raised.value.errno == errno.ENODATA
+        with pytest.raises(OSError) as raised:
+            os.rename(mounted.path("here.jpg"), mounted.path("other/here.jpg"))
+        assert raised.value.errno == errno.EXDEV
+        tool("cp", mounted.path("here.jpg"), mounted.path("other/copy.jpg"))
+        tool("mv", mounted.path("here.jpg"), mounted.path("other/here.jpg"))
+        assert sorted(os.listdir(mounted.path("other"))) == ["copy.jpg", "here.jpg", "new.jpg", "there.jpg"]
+        assert (mounted.path("other/copy.jpg")).read_bytes() == content
+        mounted.settle()
+        assert mounted.status()["files"] == 0
+    finally:
+        mounted.unmount()
+        tool("umount", mounted.source / "other")
+
+
+@needs_root
+@REFERENCES
+def test_a_store_inside_a_larger_archive(mounts: Mounts) -> None:
+    """A department's directory, mounted by itself once: its references are its own, and nobody reads zeros."""
+    picture = photograph()
+    content = picture.read_bytes()
+    inner = mounts.new("share=reference").start()
+    shared_copies(inner, picture)
+    inner.unmount()
+
+    def prepare(source: Path) -> None:
+        tool("cp", "-a", inner.source, source / "department")
+        shutil.copyfile(picture, source / "a.jpg")
+        shutil.copyfile(picture, source / "b.jpg")
+
+    outer = mounts.new(prepare=prepare)
+    outer.expect_log(r"ERROR.*department", r"WARNING.*department")
+    outer.start()
+    outer.settle()
+    assert outer.duplicates("a.jpg") == [b"b.jpg"]
+    assert "field" in os.listdir(outer.path("department"))
+    try:
+        assert outer.path("department/field/picture.jpg").read_bytes() == content
+    except OSError as refused:
+        assert refused.errno == errno.EIO
+    outer.unmount()
+    # and the department can still be mounted, or brought back, by itself
+    department = outer.source / "department"
+    dedupfs("restore", department)
+    for folder in FOLDERS:
+        assert (department / folder / "picture.jpg").read_bytes() == content
+
+
+# --- unmounting
+
+
+@BOTH_STRATEGIES
+@pytest.mark.parametrize("how", ["umount", "fusermount3", "SIGTERM", "SIGINT"])
+def test_every_way_to_end_a_mount_leaves_it_clean(mounted: Mounted, how: str) -> None:
+    paths = shared_copies(mounted, photograph())
+    with open(paths[0], "ab") as file:
+        file.write(b"just before")
+    assert not (mounted.store / "clean").exists()
+    if how == "umount" and os.geteuid() == 0:
+        tool("umount", mounted.mountpoint)
+    elif how.startswith("SIG"):
+        os.kill(mounted.pid, signal.Signals[how])
+    else:
+        tool("fusermount3", "-u", mounted.mountpoint)
+    mounted.wait_until_ended()
+    assert (mounted.store / "clean").exists()
+    assert not (mounted.store / "daemon.json").exists()
+    dedupfs("status", mounted.mountpoint, exit_code=67)
+    dedupfs("umount", mounted.mountpoint, exit_code=67)
+    mounted.start()
+    assert paths[0].read_bytes() == photograph().read_bytes() + b"just before"
+
+
+@ONE_FLAVOUR
+def test_a_mount_in_use_is_not_ended(mounted: Mounted) -> None:
+    path = mounted.path("open")
+    with open(path, "wb") as file:
+        answer = dedupfs("umount", mounted.mountpoint, exit_code=75)
+        assert "in use" in answer.stderr
+        assert answer.stderr.count("\n") == 1
+        file.write(b"still writing")
+    assert path.read_bytes() == b"still writing"
+    assert mounted.is_alive
+
+
+# --- an ordinary user
+
+
+@needs_root
+@REFERENCES
+def test_an_ordinary_user_mounts(mounts: Mounts) -> None:
+    """Through fusermount3; his references are marked by an xattr that he could set himself, but not through the mount."""
+    picture = photograph()
+
+    def prepare(source: Path) -> None:
+        (source / "field").mkdir()
+        shutil.copyfile(picture, source / "field" / "picture.jpg")
+        shutil.copyfile(picture, source / "before.jpg")
+        tool("chown", "-R", f"{USER}:{USER}", source)
+
+    mounted = mounts.new(user=USER, prepare=prepare).start()
+    root = mounted.path()
+    # nobody else gets in, not even root
+    with pytest.raises(PermissionError):
+        os.listdir(root)
+    tool("mkdir", root / "office", user=USER)
+    tool("cp", root / "field/picture.jpg", root / "office/picture.jpg", user=USER)
+    tool("sh", "-c", 'cat >"$1"', "sh", root / "new.jpg", stdin=picture.read_bytes(), user=USER)
+    mounted.settle()
+    for name in ("before.jpg", "field/picture.jpg", "office/picture.jpg", "new.jpg"):
+        assert "user.dedupfs.ref" in os.listxattr(mounted.below(name))
+        assert mounted.below(name).stat().st_blocks * 512 <= 4096
+        ask = ["getfattr", "--only-values", "--absolute-names", "--name"]
+        assert tool(*ask, "user.dedupfs.state", root / name, user=USER) == b"reference"
+        assert tool(*ask, "user.dedupfs.refs", root / name, user=USER) == b"4"
+        assert tool("getfattr", "--dump", "--match=-", root / name, user=USER) == b""
+        assert attempt(*ask, "user.dedupfs.ref", root / name, user=USER).returncode == 1
+        assert b"not permitted" in attempt("setfattr", "-x", "user.dedupfs.ref", root / name, user=USER).stderr
+        assert b"not permitted" in attempt("setfattr", "-n", "user.dedupfs.ref", "-v", "x", root / name, user=USER).stderr
+        assert tool("cat", root / name, user=USER) == picture.read_bytes()
+    assert tool(*ask, "user.dedupfs.duplicates", root / "new.jpg", user=USER).count(b"\0") == 3
+    tool("sh", "-c", 'echo more >>"$1"', "sh", root / "new.jpg", user=USER)
+    assert tool("cat", root / "before.jpg", user=USER) == picture.read_bytes()
+    assert tool("cat", root / "new.jpg", user=USER) == picture.read_bytes() + b"more\n"
+    assert mounted.status()["share"] == "reference"
+    refused = mounted.run("mount", mounted.source, mounted.mountpoint, "-o", "dev", exit_code=64)
+    assert "root" in refused.stderr
+    mounted.unmount()
+    mounted.run("restore", mounted.source)
+    for name in ("before.jpg", "field/picture.jpg", "office/picture.jpg"):
+        assert mounted.below(name).read_bytes() == picture.read_bytes()
+        assert mounted.below(name).stat().st_uid == USER
+        assert os.listxattr(mounted.below(name)) == []
+
+
+@needs_root
+@ONE_FLAVOUR
+def test_an_ordinary_user_cannot_mount_what_is_not_his(mounts: Mounts) -> None:
+    mounted = mounts.new()
+    answer = dedupfs("mount", mounted.source, mounted.mountpoint, user=USER, exit_code=66)
+    assert answer.stderr.count("\n") == 1
+    assert not is_mountpoint(mounted.mountpoint)
+    assert list(mounted.source.iterdir()) == []
+
+
+@ONE_FLAVOUR
+def test_disk_space_is_that_of_the_backing_filesystem(mounted: Mounted) -> None:
+    shared_copies(mounted, photograph())
+    here, below = os.statvfs(mounted.path()), os.statvfs(mounted.backing)
+    for field in ("f_bsize", "f_frsize", "f_blocks", "f_files", "f_namemax"):
+        assert getattr(here, field) == getattr(below, field)
+    assert abs(here.f_bavail - below.f_bavail) * here.f_frsize < 64 << 20
+    assert disk_usage(mounted.path()) >= 3 * photograph().stat().st_size
