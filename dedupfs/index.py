@@ -308,6 +308,8 @@ def _verify(path: str) -> None:
         problems: list[str] = verify(path)  # type: ignore[no-untyped-call]
     except FileNotFoundError:
         return
+    except (NotADirectoryError, IsADirectoryError) as error:
+        problems = [error.strerror or str(error)]
     except VerifyError as error:
         problems = [str(error)]
     if problems:

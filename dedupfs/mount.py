@@ -8,6 +8,7 @@ import errno
 import faulthandler
 import logging
 import os
+import resource
 import select
 import shutil
 import signal
@@ -269,11 +270,14 @@ class Readiness:
 
 
 def prepare_process() -> None:
-    """Make the process a good daemon: what it logs, and its stacks should it crash, go to standard error."""
+    """Make the process a good daemon: what it logs, and its stacks should it crash, go to standard error; and it may
+    hold as many descriptors as all apps together."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
     )
     faulthandler.enable()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 # -- unmounting -------------------------------------------------------------------------------------------------------

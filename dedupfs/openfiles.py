@@ -265,10 +265,11 @@ class OpenFiles:
             os.close(fd)
 
     def uses(self, content: ContentKey) -> bool:
-        """Whether an open file reads from this blob."""
+        """Whether an open file reads from this blob, or may be about to: it is not known yet what it is."""
         with self._condition:
             return any(
-                inode.reference is not None and inode.reference.content == content for inode in self._inodes.values()
+                not inode.loaded or (inode.reference is not None and inode.reference.content == content)
+                for inode in self._inodes.values()
             )
 
     def is_written(self, key: Key) -> bool:

@@ -156,15 +156,15 @@ class ReferenceSharing:
         reference = Reference(content, known.stamp.size_bytes)
         with self._gate.exclusive():
             self._verify(known)
-            staged = self._stage(known, reference, label)
-            spare = []
+            staged, staged_fd = self._stage(known, reference, label)
+            spare = [staged_fd]
             try:
                 for _ in range(self._openfiles.count_handles(known.key)):
                     spare.append(self._backing.open(staged, os.O_RDONLY))
                 enter(known.path, content)
                 if not self._backing.orders_metadata:
                     self._blobs.flush_name(content)
-                st = self._replace(known, staged)
+                st = self._replace(known, staged, staged_fd)
             except BaseException as error:
                 # Whatever name the blob got, `sweep` would take it back for as long as the leftover is there.
                 self._take_back(staged)
@@ -196,12 +196,14 @@ class ReferenceSharing:
             self._verify(new)
             if self._openfiles.get(new.key) is not None:
                 raise InUse("open for reading")
-            staged = self._stage(new, Reference(content, new.stamp.size_bytes), "refer")
+            staged, staged_fd = self._stage(new, Reference(content, new.stamp.size_bytes), "refer")
             try:
-                return self._replace(new, staged)
+                return self._replace(new, staged, staged_fd)
             except BaseException:
                 self._backing.unlink(staged)
                 raise
+            finally:
+                os.close(staged_fd)
 
     def _verify(self, file: Settled) -> None:
         """Inside the gate: the path still leads to the inode that was compared, and nobody changed it."""
@@ -213,8 +215,9 @@ class ReferenceSharing:
         if Key.of(st) != file.key or Stamp.of(st) != file.stamp or st.st_nlink != 1:
             raise Changed("changed meanwhile")
 
-    def _stage(self, original: Settled, reference: Reference, label: str) -> bytes:
-        """A complete reference in staging/ with everything that belongs to the file at `original.path`."""
+    def _stage(self, original: Settled, reference: Reference, label: str) -> tuple[bytes, int]:
+        """A complete reference in staging/ with everything that belongs to the file at `original.path`: its path, and
+        an open descriptor."""
         st = os.fstat(original.fd)
         # The inode in the name tells `_take_back` which blob is the one that was made from it.
         path = b"%s/%s.%d.%d.%d" % (STAGING, label.encode(), st.st_ino, os.getpid(), next(self._names))
@@ -232,21 +235,22 @@ class ReferenceSharing:
             if not self._backing.orders_metadata:
                 self._backing.fsync(fd)
         except BaseException:
+            os.close(fd)
             self._backing.unlink(path)
             raise
-        finally:
-            os.close(fd)
-        return path
+        return path, fd
 
-    def _replace(self, file: Settled, staged: bytes) -> os.stat_result:
-        """Rename a staged reference over the path, and let its directory look as if nothing had happened."""
+    def _replace(self, file: Settled, staged: bytes, staged_fd: int) -> os.stat_result:
+        """Rename a staged reference over the path, and let its directory look as if nothing had happened.
+
+        Fails before the rename or not at all: a reference that nobody hears of is not counted.
+        """
         directory = os.path.dirname(file.path)
         before = self._backing.lstat(directory)
         self._backing.rename(staged, file.path)
-        st = self._backing.lstat(file.path)
         with suppress(OSError):  # a wrong time of a directory is not worth undoing anything for
             self._backing.set_mtime(directory, before.st_mtime_ns)
-        return st
+        return os.fstat(staged_fd)
 
     def refer_in_place(self, fd: int, content: ContentKey, size_bytes: int) -> Reference:
         """Make an empty file, open for writing, a reference.

@@ -97,11 +97,15 @@ class Store:
             return identity
         try:
             known = json.loads(raw)
-            version, identity, references = int(known["version"]), str(known["uuid"]), str(known["references"])
+            version = int(known["version"])
+            if version != FORMAT_VERSION:
+                # Before anything else is looked for: another version may keep it elsewhere.
+                raise UnknownFormat(
+                    f"{shown} says format {version}, this dedupfs knows {FORMAT_VERSION}; use a newer one"
+                )
+            identity, references = str(known["uuid"]), str(known["references"])
         except (ValueError, KeyError, TypeError):
             raise StoreError(f"{shown} is damaged; restore that file from a backup of the store") from None
-        if version != FORMAT_VERSION:
-            raise UnknownFormat(f"{shown} says format {version}, this dedupfs knows {FORMAT_VERSION}; use a newer one")
         if references != self._namespace:
             # Read under the other name, every reference would look like a file of zeros, and every blob unused.
             maker = "root" if references == "trusted" else "an ordinary user"

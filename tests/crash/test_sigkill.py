@@ -58,12 +58,12 @@ class WriterProcess:
         self.ledger = self._scratch / f"{self.name}.{number + 1}"
         self._order("go", str(mountpoint), str(self.ledger), seed, uncertain)
 
-    def wait(self) -> int:
-        """Until the mount has died under it. Answers how many calls it made."""
+    def wait(self, word: str) -> int:
+        """Until it has begun ("ready") or the mount has died under it ("calls"). Answers the number it gives."""
         assert self._process.stdout is not None
         answer = json.loads(self._process.stdout.readline())
-        assert "error" not in answer, f"{self.name}: {answer['error']}"
-        return int(answer["calls"])
+        assert word in answer, f"{self.name}: {answer}"
+        return int(answer[word])
 
     def check(self, mountpoint: Path, *, looked_at: bool) -> list[str]:
         directory = os.open(mountpoint / self.name, os.O_RDONLY | os.O_DIRECTORY)
@@ -105,9 +105,11 @@ def test_killed_while_writing(mounts: Mounts, writers: list[WriterProcess], rng:
     for number in range(ROUNDS[strategy]):
         for writer in writers:
             writer.go(mounted.mountpoint, number, f"{rng.random()}")
+        for writer in writers:
+            writer.wait("ready")
         time.sleep(rng.uniform(0.1, 0.4))
         mounted.kill()
-        calls += sum(writer.wait() for writer in writers)
+        calls += sum(writer.wait("calls") for writer in writers)
 
         mounted.start()
         for settled in (False, True):

@@ -5,8 +5,8 @@ As a script it is one of several writers that load a mount. It waits for orders 
     ["go", MOUNTPOINT, LEDGER, SEED, [NAME, …]]
 
 to work in MOUNTPOINT/<its own directory> until the mount dies or the next line comes, noting everything in a new
-ledger. The files named may not show their last time yet. It answers with a line: {"calls": how many it made}, or
-{"error": what went wrong}. Everything is done relative to a descriptor of its directory, so that nothing ever lands
+ledger. The files named may not show their last time yet. It answers {"ready": how many files there are}, and in the
+end {"calls": how many it made}, or {"error": what went wrong}. Everything is done relative to a descriptor of its directory, so that nothing ever lands
 below a mount point that is gone.
 """
 
@@ -347,6 +347,7 @@ def _go(
             if state is not None:
                 ledger.end({file: replace(state, mtime_ns=None) if file in of_uncertain_time else state})
                 app.contents[file] = app.read(file)
+        print(json.dumps({"ready": len(app.contents)}), flush=True)
         writer = Writer(app, photos, random.Random(seed))
         try:
             while not _told_to_stop():

@@ -200,6 +200,13 @@ class Bench:
     def scan(self) -> dict[str, object]:
         return self.engine.scan(impatient())
 
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """For what the engine's threads do in their own time."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, "it does not happen"
+            time.sleep(0.01)
+
     # -- what apps do -------------------------------------------------------------------------------------------------
 
     def open_file(self, path: str, flags: int = os.O_RDONLY) -> Handle:

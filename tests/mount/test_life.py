@@ -52,15 +52,16 @@ def test_mounting_an_existing_archive(mounts: Mounts, over_itself: bool) -> None
     original = mounts.directory("original")
     make_tree(original, copies=3)
     mounted = mounts.new(over_itself=over_itself, prepare=lambda source: tool("cp", "-aT", original, source))
-    look = ["find", ".", "-printf", r"%y %m %U %G %n %T@ %s %P\0"]
+    # the store is a new entry of the archive's own directory, and changes its time
+    look = ["find", ".", "-mindepth", "1", "-printf", r"%y %m %U %G %n %T@ %s %P\0"]
     before = sorted(tool(*look, cwd=original).split(b"\0"))
 
     mounted.start()
-    assert differences(original, mounted.path()) == []
+    assert set(differences(original, mounted.path())) <= {b".d..t...... ./"}
     mounted.settle()
     assert mounted.status()["saved_bytes"] >= 2 * sum(path.stat().st_size for path in photographs(6))
     assert sorted(tool(*look, cwd=mounted.path()).split(b"\0")) == before
-    assert differences(original, mounted.path()) == []
+    assert set(differences(original, mounted.path())) <= {b".d..t...... ./"}
     picture = photographs(6)[0].name
     assert mounted.state(f"folder 0/2019/Sommer – Ausflug/{picture}") == shared_state(mounted)
     if mounts.strategy == "reference":
@@ -544,8 +545,20 @@ def test_a_mount_in_use_is_not_ended(mounted: Mounted) -> None:
 # --- an ordinary user
 
 
+@pytest.fixture
+def fuse_for_everybody() -> Iterator[None]:
+    """/dev/fuse as udev leaves it on any machine; in containers it may be root's alone."""
+    with open("/dev/fuse", "rb") as device:
+        fcntl.flock(device, fcntl.LOCK_EX)  # another worker may be about to close it again
+        mode = os.fstat(device.fileno()).st_mode
+        os.chmod("/dev/fuse", mode | 0o666)
+        yield
+        os.chmod("/dev/fuse", mode)
+
+
 @needs_root
 @REFERENCES
+@pytest.mark.usefixtures("fuse_for_everybody")
 def test_an_ordinary_user_mounts(mounts: Mounts) -> None:
     """Through fusermount3; his references are marked by an xattr that he could set himself, but not through the mount."""
     picture = photograph()
@@ -593,6 +606,7 @@ def test_an_ordinary_user_mounts(mounts: Mounts) -> None:
 
 @needs_root
 @ONE_FLAVOUR
+@pytest.mark.usefixtures("fuse_for_everybody")
 def test_an_ordinary_user_cannot_mount_what_is_not_his(mounts: Mounts) -> None:
     mounted = mounts.new()
     answer = dedupfs("mount", mounted.source, mounted.mountpoint, user=USER, exit_code=66)

@@ -1,0 +1,304 @@
+"""System calls that fail: apps see what the filesystem says or nothing at all, and nothing is lost for good."""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from dedupfs.config import MountOptions, Share
+from dedupfs.engine import Engine
+from dedupfs.errors import Busy, IndexDamaged, Unavailable
+from dedupfs.index import Index
+
+from .bench import BLOCK, ME, Bench, Tampered, content
+from .test_sharing import every_strategy
+
+DATA = content("same", 3 * BLOCK + 3)
+
+
+class Failing(Tampered):
+    """Fails at the n-th of the calls named, once; with `always` at that and all later ones."""
+
+    def __init__(self, source: object) -> None:
+        self.calls = 0
+        self.fails_at = -1
+        self.always = False
+        self.only: str | None = None
+        self.error = errno.EIO
+        self.named: list[str] = []
+        super().__init__(str(source))
+        self.before = self._fail
+
+    def _fail(self, name: str, arguments: tuple[object, ...]) -> None:
+        if self.fails_at < 0 or (self.only is not None and name != self.only):
+            return
+        self.named.append(name)
+        number, self.calls = self.calls, self.calls + 1
+        if number == self.fails_at or (self.always and number > self.fails_at):
+            raise OSError(self.error, os.strerror(self.error))
+
+
+SETTLING = [
+    "open", "open_quietly", "lstat", "link", "rename", "unlink", "mkdir", "set_mtime", "fset_reference", "ftruncate",
+    "fdatasync", "fsync_directory", "fset_immutable", "dedupe", "fread_reference", "take_read_lease", "copy_range",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bench", [("reference", "ext4"), ("reflink", "xfs")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=errno.errorcode.get)
+def test_every_call_of_settling_fails_once(bench: Bench, code: int) -> None:
+    """Sharing a file with another, and a third with the blob, where the n-th call fails: contents stay, and no reference
+    is forgotten: no blob is removed while one names it, and what was not done is done at the next start."""
+    bench.expect_log("")
+    for step in range(400):
+        for name in ("one", "two", "three"):
+            bench.write(name, DATA)
+        backing = Failing(bench.source)
+        backing.error = code
+        bench.reopen(backing=backing)
+        backing.fails_at = step
+        try:
+            bench.settle()
+        except (OSError, IndexDamaged):
+            pass
+        done = backing.calls <= step
+        backing.fails_at = -1
+        told = f"step {step}: {backing.named[step] if backing.calls > step else 'none failed'}"
+        print(told)
+        assert [bench.read(name) for name in ("one", "two", "three")] == [DATA] * 3, told
+        bench.settle()
+        # whoever the index knows of goes; whoever it does not know of must not lose its bytes by that
+        bench.unlink("three")
+        bench.settle()
+        bench.unlink("two")
+        bench.settle()
+        assert bench.read("one") == DATA, told
+        bench.write("four", DATA)
+        bench.settle()
+        bench.unlink("four")
+        bench.settle()
+        assert bench.read("one") == DATA, told
+        bench.close()
+        bench.open()
+        bench.scan()
+        assert bench.read("one") == DATA, told
+        bench.close()
+        assert bench.checks() == [], told
+        bench.open()
+        bench.unlink("one")
+        bench.settle()
+        assert bench.blobs() == [], told
+        if done:
+            break
+    else:
+        pytest.fail("it never came to its end")
+    assert step > 20
+
+
+@every_strategy
+def test_a_full_disk_while_sharing(bench: Bench) -> None:
+    """Every call that needs room fails, and goes on failing: files stay plain, and are shared when there is room."""
+    backing = Failing(bench.source)
+    bench.reopen(backing=backing)
+    backing.error, backing.always = errno.ENOSPC, True
+    backing.only = "dedupe" if bench.share == "reflink" else "fset_reference"
+    backing.fails_at = 0
+    bench.expect_log("cannot share")
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    assert bench.state("one") == bench.state("two") == "plain"
+    assert bench.duplicates("one") == ["two"]
+    assert bench.inside("staging") == []
+    assert bench.blobs() == []
+    backing.fails_at = -1
+    bench.write("three", DATA)
+    bench.settle()
+    assert bench.duplicates("three") == ["one", "two"]
+    assert bench.state("three") != "plain"
+
+
+def test_the_directory_of_blobs_cannot_be_flushed(bench: Bench) -> None:
+    """After the known file has become a reference: it must be counted, or its blob goes with another's last use."""
+    backing = Failing(bench.source)
+    bench.reopen(backing=backing)
+    backing.only, backing.fails_at = "fsync_directory", 0
+    bench.expect_log("cannot share", "is not settled")
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    backing.fails_at = -1
+    bench.write("three", DATA)
+    bench.settle()
+    for name in ("two", "three"):
+        bench.unlink(name)
+        bench.settle()
+    assert bench.read("one") == DATA
+
+
+def test_no_descriptor_left_for_its_readers(bench: Bench) -> None:
+    """The known file is open, and becomes a blob; there is no descriptor for what its readers need then."""
+    backing = Failing(bench.source)
+    bench.reopen(backing=backing)
+    bench.write("one", DATA)
+    bench.settle()
+    reader = bench.open_file("one")
+    bench.write("two", DATA)
+    backing.error, backing.only, backing.fails_at = errno.EMFILE, "open", 0
+    backing.always = True
+    bench.expect_log("")
+    bench.settle()
+    assert bench.read_from(reader) == DATA
+    backing.fails_at = -1
+    bench.close_file(reader)
+    bench.settle()
+    assert bench.read("one") == bench.read("two") == DATA
+
+
+@pytest.mark.parametrize("failing", ["fset_reference", "ftruncate"])
+def test_a_copy_that_cannot_refer_is_of_bytes(bench: Bench, failing: str) -> None:
+    backing = Failing(bench.source)
+    bench.reopen(backing=backing)
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    backing.error, backing.only, backing.fails_at = errno.ENOSPC, failing, 0
+    bench.copy("one", "copy")
+    assert bench.read("copy") == DATA
+    assert not bench.is_reference("copy")
+    bench.append("copy", b"more")
+    assert bench.read("copy") == DATA + b"more"
+
+
+# -- the index
+
+
+class Full(Exception):
+    """Stands for whatever LMDB says of a full map or disk."""
+
+
+@contextmanager
+def no_room(bench: Bench) -> Iterator[None]:
+    """The index cannot be written."""
+    index = bench.engine.index
+
+    class NoRoom(Index):
+        @contextmanager
+        def _write(self) -> Iterator[object]:  # type: ignore[override]
+            raise IndexDamaged("the index cannot be written (disk full)")
+            yield
+
+    kind = type(index)
+    index.__class__ = NoRoom
+    try:
+        yield
+    finally:
+        index.__class__ = kind
+
+
+def test_a_lost_batch_removes_no_blob_and_is_made_up_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dedupfs.settle._RETRY_S", 0.05)
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.reopen(start=True)
+    bench.expect_log("cannot be written")
+    with no_room(bench):
+        bench.write("three", DATA)
+        bench.wait_for(lambda: bench.engine.settler.lost_a_batch)
+    bench.settle()
+    assert bench.read("three") == DATA
+    for name in ("one", "two"):
+        bench.unlink(name)
+    bench.settle()
+    assert bench.read("three") == DATA
+    assert len(bench.blobs()) == 1  # nobody knows for sure
+    bench.close()
+    assert not (bench.source / ".dedupfs/clean").exists()
+    bench.open()
+    assert not bench.engine.settler.index_is_complete
+    bench.scan()
+    assert bench.read("three") == DATA
+    bench.unlink("three")
+    bench.settle()
+    assert bench.blobs() == []
+
+
+def test_a_scan_does_not_make_up_for_a_lost_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was lost may have been noted while the scan was past it."""
+    monkeypatch.setattr("dedupfs.settle._RETRY_S", 0.05)
+    bench.reopen(start=True)
+    bench.expect_log("cannot be written")
+    with no_room(bench):
+        bench.write("one", DATA)
+        bench.wait_for(lambda: bench.engine.settler.lost_a_batch)
+    bench.scan()
+    assert not bench.engine.settler.index_is_complete
+    bench.expect_log("could not look at everything")
+
+
+def test_no_room_at_the_end(bench: Bench) -> None:
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.unlink("one")
+    bench.expect_log("cannot be written")
+    with no_room(bench):
+        bench.close()
+    assert not (bench.source / ".dedupfs/clean").exists()
+    bench.recover()
+    assert bench.read("two") == DATA
+    assert bench.status()["files"] == 1
+
+
+def test_apps_go_on_without_an_index(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an app does with files needs the index."""
+    monkeypatch.setattr("dedupfs.settle._RETRY_S", 0.05)
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.reopen(start=True)
+    bench.expect_log("cannot be written")
+    with no_room(bench):
+        bench.write_at("one", b"CHANGED", 0)
+        bench.rename("two", "three")
+        bench.copy("three", "four")
+        bench.link("four", "five")
+        bench.mkdir("d")
+        bench.truncate("five", BLOCK)
+        assert bench.read("one") == b"CHANGED" + DATA[7:]
+        assert bench.read("three") == DATA
+        assert bench.read("four") == DATA[:BLOCK]
+    bench.settle()
+
+
+# -- starting
+
+
+def test_a_second_owner_is_refused(bench: Bench) -> None:
+    with pytest.raises(Busy):
+        Engine(str(bench.source), MountOptions(share=Share.REFERENCE))
+    bench.write("one", DATA)
+    bench.settle()
+
+
+def test_a_refused_strategy_leaves_the_store_as_it_was(bench: Bench) -> None:
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.close()
+    with pytest.raises(Unavailable) as caught:
+        Engine(str(bench.source), MountOptions(share=Share.REFLINK))
+    assert "share=reference" in str(caught.value)
+    bench.open()
+    assert bench.engine.settler.index_is_complete
+
+
+def test_the_log_is_heard(bench: Bench) -> None:
+    """The bench would notice a complaint."""
+    logging.getLogger("dedupfs.test").warning("a complaint")
+    bench.expect_log("a complaint")
+    assert ME.uid == os.geteuid()

@@ -1,0 +1,415 @@
+"""Names change at any time: while a file is pending, while it is looked at, and while its inode number is used again."""
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from dedupfs.backing import RENAME_EXCHANGE, RENAME_NOREPLACE, Backing
+from dedupfs.model import Ino
+from dedupfs.openfiles import Key
+
+from .bench import BLOCK, Bench, Meeting, Tampered, content, in_thread
+
+DATA = content("same", 3 * BLOCK + 3)
+
+
+@pytest.fixture
+def known(bench: Bench) -> Iterator[Bench]:
+    """A store that knows one file; a pending one of the same content is to find it, wherever it is by then."""
+    bench.write("known", DATA)
+    bench.mkdir("d")
+    bench.mkdir("d/e")
+    bench.settle()
+    yield bench
+
+
+def test_renamed_while_pending(known: Bench) -> None:
+    known.write("new", DATA)
+    known.rename("new", "d/e/new")
+    known.settle()
+    assert known.duplicates("known") == ["d/e/new"]
+    assert known.state("d/e/new") == "reference"
+
+
+def test_its_directory_renamed_while_pending(known: Bench) -> None:
+    known.write("d/e/new", DATA)
+    known.rename("d", "dir")
+    known.rename("dir/e", "else")
+    known.settle()
+    assert known.duplicates("known") == ["else/new"]
+
+
+def test_renamed_over_a_pending_one(known: Bench) -> None:
+    other = content("other")
+    known.write("new", DATA)
+    known.write("tmp", other)
+    known.rename("tmp", "new")
+    known.settle()
+    assert known.names() == ["d", "known", "new"]
+    assert known.duplicates("known") == []
+    assert known.read("new") == other
+    assert known.status()["files"] == 2
+
+
+def test_renamed_over_a_shared_one(known: Bench) -> None:
+    known.write("new", DATA)
+    known.settle()
+    known.write("tmp", content("other"))
+    known.rename("tmp", "new")
+    known.unlink("known")
+    known.settle()
+    assert known.blobs() == []
+    assert known.read("new") == content("other")
+
+
+def test_exchanged_while_pending(known: Bench) -> None:
+    other = content("other")
+    known.write("d/new", DATA)
+    known.write("other", other)
+    known.rename("d", "other", RENAME_EXCHANGE)
+    assert known.read("other/new") == DATA
+    known.settle()
+    assert known.duplicates("known") == ["other/new"]
+    assert known.read("d") == other
+    assert known.digest("d")
+
+
+def test_noreplace(known: Bench) -> None:
+    known.write("new", DATA)
+    with pytest.raises(FileExistsError):
+        known.rename("new", "known", RENAME_NOREPLACE)
+    known.settle()
+    assert known.duplicates("known") == ["new"]
+
+
+def test_unlinked_while_pending(known: Bench) -> None:
+    known.write("new", DATA)
+    known.unlink("new")
+    known.settle()
+    assert known.duplicates("known") == []
+    assert known.status()["files"] == 1
+
+
+def test_unlinked_while_open_and_closed(known: Bench) -> None:
+    """Unlinked while it is written: nothing of it is left, and nothing of it is reported."""
+    with known.opened_new("new") as handle:
+        known.write_to(handle, DATA)
+        known.unlink("new")
+        assert known.read_from(handle) == DATA
+    known.settle()
+    assert known.duplicates("known") == []
+    assert known.status()["files"] == 1
+
+
+def test_unlinked_while_open_as_libfuse_does_it(known: Bench) -> None:
+    """It renames to a hidden name, releases, and unlinks that; in between the settler may come by."""
+    hidden = ".fuse_hidden0000000100000001"
+    with known.opened_new("new") as handle:
+        known.write_to(handle, DATA)
+        known.rename("new", hidden)
+        assert known.names() == ["d", "known"]
+        assert known.engine.vfs.getattr_open(handle).nlink == 0
+        assert known.read_from(handle) == DATA
+    known.settle()
+    assert known.duplicates("known") == []
+    assert known.state("known") == "plain"
+    known.unlink(hidden)
+    known.settle()
+    assert known.inside("orphans") == []
+    assert known.status()["files"] == 1
+
+
+def test_a_shared_file_unlinked_while_open_as_libfuse_does_it(known: Bench) -> None:
+    hidden = ".fuse_hidden0000000100000001"
+    known.write("new", DATA)
+    known.settle()
+    known.unlink("known")
+    with known.opened("new") as handle:
+        known.rename("new", hidden)
+        known.settle()
+        assert known.read_from(handle) == DATA
+        with known.opened(hidden) as again:
+            assert known.read_from(again) == DATA
+    known.unlink(hidden)
+    known.settle()
+    assert known.blobs() == []
+    assert known.status()["files"] == 0
+
+
+def test_hidden_files_are_gone_after_a_crash(known: Bench) -> None:
+    known.write("new", DATA)
+    known.settle()
+    known.open_file("new")
+    known.rename("new", ".fuse_hidden0000000100000001")
+    known.unlink("known")
+    known.crash()
+    known.recover()
+    assert known.inside("orphans") == []
+    assert known.names() == ["d"]
+    assert known.blobs() == []
+
+
+class RenamesSlowly(Tampered):
+    """Stops after a rename has happened, before anybody was told."""
+
+    def __init__(self, source: object, name: bytes) -> None:
+        self.meeting = Meeting()
+        super().__init__(str(source))
+
+        def after(call: str, arguments: tuple[object, ...]) -> None:
+            if call == "rename" and arguments[0] == name:
+                self.meeting.wait()
+
+        self.after = after
+
+
+def test_settled_in_the_middle_of_a_rename(known: Bench) -> None:
+    """The file is not where it was, and nobody has said yet where it is."""
+    backing = RenamesSlowly(known.source, b"new")
+    known.reopen(backing=backing)
+    known.write("new", DATA)
+    with in_thread(lambda: known.rename("new", "d/new")):
+        backing.meeting.reached()
+        with in_thread(known.settle) as settling:
+            settling.ended(0.2)
+            backing.meeting.release()
+    known.settle()
+    assert known.duplicates("known") == ["d/new"]
+
+
+def test_settled_in_the_middle_of_a_rename_of_its_directory(known: Bench) -> None:
+    backing = RenamesSlowly(known.source, b"d/e")
+    known.reopen(backing=backing)
+    known.write("d/e/new", DATA)
+    with in_thread(lambda: known.rename("d/e", "f")):
+        backing.meeting.reached()
+        with in_thread(known.settle) as settling:
+            settling.ended(0.2)
+            backing.meeting.release()
+    known.settle()
+    assert known.duplicates("known") == ["f/new"]
+
+
+def test_renamed_between_release_and_queue(known: Bench) -> None:
+    """rsync writes, closes and renames; the release comes when it likes."""
+    meeting = Meeting()
+
+    class Slow(Backing):
+        def path_of(self, fd: int) -> bytes | None:
+            path = super().path_of(fd)
+            if path == b"tmp":
+                meeting.wait()
+            return path
+
+    known.reopen(backing=Slow(known.source))
+    handle = known.create_file("tmp")
+    known.write_to(handle, DATA)
+    with in_thread(lambda: known.close_file(handle)):
+        meeting.reached()
+        with in_thread(lambda: known.rename("tmp", "d/final")) as renaming:
+            renaming.ended(0.2)
+            meeting.release()
+    known.settle()
+    assert known.duplicates("known") == ["d/final"]
+    assert known.state("d/final") == "reference"
+
+
+@pytest.mark.parametrize("how", ["unlinked", "hidden"])
+def test_written_under_a_name_that_goes_while_another_stays(known: Bench, how: str) -> None:
+    known.write("new", content("before"))
+    known.link("new", "d/other name")
+    known.settle()
+    with known.opened("new", os.O_RDWR | os.O_TRUNC) as handle:
+        known.write_to(handle, DATA)
+        if how == "unlinked":
+            known.unlink("new")
+        else:
+            known.rename("new", ".fuse_hidden0000000100000001")
+    if how == "hidden":
+        known.unlink(".fuse_hidden0000000100000001")
+    known.settle()
+    assert known.read("d/other name") == DATA
+    assert known.duplicates("known") == ["d/other name"]
+
+
+def test_both_names_unlinked_at_once(known: Bench) -> None:
+    """Each of two threads removes one name of an inode, and the last one knows that it was the last."""
+    both = threading.Barrier(2)
+
+    def before(call: str, arguments: tuple[object, ...]) -> None:
+        if call == "unlink" and arguments[0] in (b"new", b"also new"):
+            both.wait(10)
+
+    backing = Tampered(known.source)
+    known.reopen(backing=backing)
+    known.write("new", DATA)
+    known.settle()
+    known.link("new", "also new")
+    known.settle()
+    assert known.state("known") == "reference"
+    backing.before = before
+    with in_thread(lambda: known.unlink("new")), in_thread(lambda: known.unlink("also new")):
+        pass
+    backing.before = lambda call, arguments: None
+    known.unlink("known")
+    known.settle()
+    assert known.blobs() == []
+    assert known.status()["files"] == 0
+
+
+def _reuse(bench: Bench, ino: int, wanted: str, data: bytes) -> None:
+    """Make files until one gets the inode number; the others go again."""
+    made = []
+    for number in range(500):
+        name = f"try {number}"
+        bench.write(name, data)
+        if bench.below(name).stat().st_ino == ino:
+            bench.rename(name, wanted)
+            break
+        made.append(name)
+    else:
+        pytest.skip("the filesystem does not use the number again")
+    for name in made:
+        bench.unlink(name)
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_an_inode_number_that_is_used_again(known: Bench, settled: bool) -> None:
+    """ext4 gives the number of a file just removed to the next one: never its digest, its names, or its place."""
+    other = content("other", len(DATA))
+    known.write("old", DATA)
+    if settled:
+        known.settle()
+    ino = known.below("old").stat().st_ino
+    known.unlink("old")
+    _reuse(known, ino, "young", other)
+    known.settle()
+    assert known.read("young") == other
+    assert known.duplicates("young") == []
+    assert known.duplicates("known") == []
+    assert known.digest("young") != known.digest("known")
+    assert [link.name for link in known.engine.index.links(Ino(ino))] == [b"young"]
+
+
+def test_a_directorys_inode_number_that_is_used_again(known: Bench) -> None:
+    known.mkdir("old")
+    known.write("old/file", DATA)
+    known.settle()
+    ino = known.below("old").stat().st_ino
+    known.unlink("old/file")
+    known.rmdir("old")
+    for number in range(500):
+        known.mkdir(f"d{number}")
+        if known.below(f"d{number}").stat().st_ino == ino:
+            break
+    else:
+        pytest.skip("the filesystem does not use the number again")
+    known.write(f"d{number}/file", DATA)
+    known.settle()
+    assert known.duplicates("known") == [f"d{number}/file"]
+
+
+def test_renaming_a_directory_touches_no_file(known: Bench) -> None:
+    for number in range(20):
+        known.write(f"d/e/{number:02d}", DATA)
+    known.settle()
+    known.rename("d", "archive")
+    known.settle()
+    assert known.engine.settler.pending() == 0
+    assert known.duplicates("known") == [f"archive/e/{number:02d}" for number in range(20)]
+    known.rename("archive/e", "archive/f")
+    known.mkdir("x")
+    known.rename("archive", "x/archive")
+    known.settle()
+    assert known.duplicates("known") == [f"x/archive/f/{number:02d}" for number in range(20)]
+
+
+def test_names_that_come_before_their_directory_is_known(known: Bench) -> None:
+    known.mkdir("fresh")
+    known.mkdir("fresh/below")
+    known.link("known", "fresh/below/link")
+    known.rename("known", "fresh/moved")
+    known.settle()
+    known.write("new", DATA)
+    known.settle()
+    assert known.duplicates("new") == ["fresh/below/link", "fresh/moved"]
+
+
+def test_attributes_do_not_make_a_file_unknown(known: Bench) -> None:
+    """chmod, chown, times, xattrs, links and renames change the ctime, not what is known."""
+    settled = known.engine.settler.settled
+    vfs = known.engine.vfs
+    vfs.chmod(b"known", None, 0o600)
+    vfs.chown(b"known", None, os.geteuid(), os.getegid())
+    vfs.utimens(b"known", None, None)
+    vfs.setxattr(b"known", b"user.comment", b"x", 0)
+    vfs.removexattr(b"known", b"user.comment")
+    known.link("known", "d/link")
+    known.rename("known", "d/known")
+    known.unlink("d/link")
+    with known.opened("d/known") as handle:
+        vfs.chmod(None, handle, 0o640)
+        vfs.utimens(None, handle, None)
+    known.settle()
+    assert known.engine.settler.settled == settled
+    assert known.digest("d/known")
+    assert known.engine.settler.settled == settled
+
+
+def test_a_write_between_two_looks_is_not_hidden_by_a_chmod(known: Bench) -> None:
+    """The record follows a chmod, but never over a change of the content; however the two fall together."""
+    meeting = Meeting()
+    known.close()
+
+    class Slow(Tampered):
+        pass
+
+    backing = Slow(known.source)
+    known.open(backing=backing)
+    known.engine.vfs.chmod(b"known", None, 0o600)
+
+    # The settler's thread is about to look at the file for the chmod's sake.
+    def before(call: str, arguments: tuple[object, ...]) -> None:
+        if call == "lstat" and arguments[0] == b"known" and threading.current_thread() is settler:
+            meeting.wait()
+
+    changed = b"!" + DATA[1:]
+    errors: list[BaseException] = []
+
+    def settle() -> None:
+        try:
+            known.settle()
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    settler = threading.Thread(target=settle)
+    backing.before = before
+    settler.start()
+    meeting.reached()
+    known.write_at("known", changed, 0)
+    meeting.release()
+    settler.join()
+    assert not errors
+    backing.before = lambda call, arguments: None
+    known.settle()
+    known.write("new", changed)
+    known.settle()
+    assert known.duplicates("new") == ["known"]
+    assert Key.of(known.below("known").stat()) != Key.of(known.below("new").stat())
+
+
+def test_many_changes_in_one_batch_take_linear_time(bench: Bench) -> None:
+    """rm -rf of a large directory reaches the index in one piece."""
+    bench.mkdir("d")
+    count = 3000
+    for number in range(count):
+        bench.put(f"d/{number}", b"%d" % number)
+    bench.scan()
+    for number in range(count):
+        bench.rename(f"d/{number}", f"d/x{number}")
+    for number in range(count):
+        bench.unlink(f"d/x{number}")
+    bench.settle()
+    assert bench.status()["files"] == 0
