@@ -153,8 +153,12 @@ class Backing:
         prefix = root if root.endswith(b"/") else root + b"/"
         return path[len(prefix) :] if path.startswith(prefix) else None
 
-    def statvfs(self) -> os.statvfs_result:
-        return os.fstatvfs(self.root_fd)
+    def statvfs(self, path: bytes) -> os.statvfs_result:
+        fd = self.open(path, os.O_PATH)
+        try:
+            return os.fstatvfs(fd)
+        finally:
+            os.close(fd)
 
     # -- names --------------------------------------------------------------------------------------------------------
 

@@ -24,10 +24,10 @@ from .fileio import FileIo
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
-from .model import SMALLEST_SHARED_BYTES, ContentKey, FileState, Progress
+from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, FileState, Progress
 from .openfiles import Gate, OpenFiles
 from .reconcile import Census, Reconciler, Stopped, walk
-from .settle import UNKNOWN_PATH, Settler
+from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, ORPHANS, QUARANTINE, Store
 from .vfs import Vfs
@@ -55,24 +55,26 @@ class Engine:
             stack.callback(self.backing.close)
             self.store = Store(self.backing)
             stack.callback(self.store.close)
-            self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(self.backing)
-            self.references = ReferenceSharing(self.backing, self.blobs, self.openfiles, self.gate)
             try:
-                self.sharing = self._choose_sharing(options.share)
+                by_reflink = self._shares_by_reflink(options.share)
             except Unavailable:
                 if self.store.was_clean:
                     self.store.mark_clean()  # nothing was touched
                 raise
-            self._build(options, hasher)
+            self._build(options, hasher, by_reflink=by_reflink)
             stack.pop_all()
 
-    def _build(self, options: MountOptions, hasher: DescriptorHasher) -> None:
+    def _build(self, options: MountOptions, hasher: DescriptorHasher, *, by_reflink: bool) -> None:
         backing = self.backing
+        self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(backing)
+        self.index = _open_index(backing, self.store.identity)
+        self.settler = Settler(backing, self.index, self.openfiles, self.gate)
+        note = self.settler.note
+        self.references = ReferenceSharing(backing, self.blobs, self.openfiles, self.gate, note)
         self.references.sweep()
         _sweep_orphans(backing)
-        self.index = _open_index(backing, self.store.identity)
-        self.settler = Settler(backing, self.index, self.openfiles, self.gate, self.references)
-        recording = Recording(backing, self.settler.is_pending, self.settler.offer)
+        self.sharing: Sharing = ReflinkSharing(backing, note) if by_reflink else self.references
+        recording = Recording(backing, self.settler.is_pending, self.settler.offer, lambda path: self.on_replaced(path))
         self.settler.attach(
             Matcher(
                 backing,
@@ -86,6 +88,7 @@ class Engine:
                 self.settler.offer,
             ),
             recording,
+            self.references.unlink_blob,
         )
         if not self.store.was_clean:
             # Said in the index, so that it stays said until a walk has come to its end, however many starts that takes.
@@ -106,7 +109,6 @@ class Engine:
             self.settler,
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
-            on_replaced=lambda path: self.on_replaced(path),
         )
         self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
@@ -116,13 +118,13 @@ class Engine:
         self._running = False
         self._closed = False
 
-    def _choose_sharing(self, wanted: str) -> Sharing:
+    def _shares_by_reflink(self, wanted: str) -> bool:
         if wanted != "reference" and supports_reflink(self.backing):
-            return ReflinkSharing(self.backing)
+            return True
         if wanted == "reflink":
             where = self.backing.filesystem or "this filesystem"
             raise Unavailable(f"{where} cannot share extents between files; use share=reference")
-        return self.references
+        return False
 
     # -- life ---------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 
 from .backing import Backing
@@ -17,11 +16,12 @@ from .blobs import Blobs
 from .digest import StreamDigest
 from .errors import DamagedContent, StoreError
 from .index import Index
-from .journal import Referred, Restored, Touched
-from .model import SMALLEST_SHARED_BYTES, Caller, ContentKey, FileRecord, FileState, Ino, Stamp, is_hidden
+from .journal import Restored, Shared, Touched
+from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, Caller, ContentKey, FileRecord, FileState, Stamp, is_hidden
 from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
-from .settle import UNKNOWN_PATH, Settler
+from .settle import Settler
 from .sharing import Changed, ReferenceSharing, Settled
+from .store import is_in_another
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +44,13 @@ class FileIo:
         *,
         copies_refer: bool,
         noatime: bool,
-        on_replaced: Callable[[bytes], None],
     ) -> None:
         """`copies_refer`: a copy of a whole file inside the mount becomes a reference (else the backing filesystem
-        shares extents by itself). `noatime`: reading leaves access times alone. `on_replaced` is called with each
-        path that got another inode."""
+        shares extents by itself). `noatime`: reading leaves access times alone."""
         self._backing, self._index, self._blobs = backing, index, blobs
         self._openfiles, self._gate = openfiles, gate
         self._references, self._settler = references, settler
         self._copies_refer = copies_refer
-        self._on_replaced = on_replaced
         self._quiet_flag = os.O_NOATIME if noatime else 0
 
     # -- open and close -----------------------------------------------------------------------------------------------
@@ -225,7 +222,11 @@ class FileIo:
                 reference = inode.reference
                 if reference is None:
                     return None
-                self._references.materialise(handle.own_fd, reference, inode.content_fd, verify=True)
+                try:
+                    self._references.materialise(handle.own_fd, reference, inode.content_fd, verify=True)
+                except OSError:
+                    self._settler.note(Touched(inode.key.ino, path))  # as it was, but for its ctime
+                    raise
                 inode.become_plain()
                 self._settler.note(Restored(os.fstat(handle.own_fd), path, reference.content))
                 return reference.size_bytes
@@ -359,6 +360,9 @@ class FileIo:
             or source.inode is inode
         ):
             return 0
+        path = self._backing.path_of(target.own_fd)
+        if path is None or is_in_another(self._backing, path):
+            return 0
         content = self._content_of(source)
         if content is None:
             return 0
@@ -381,7 +385,7 @@ class FileIo:
                 inode.dirty, inode.stream = True, None
             path = self._backing.path_of(target.own_fd)
             if path is not None:
-                self._settler.note(Referred(os.fstat(target.own_fd), path, content))
+                self._settler.note(Shared(os.fstat(target.own_fd), path, FileState.REFERENCE, content))
         return size_bytes
 
     def _content_of(self, source: Handle) -> ContentKey | None:
@@ -400,13 +404,10 @@ class FileIo:
         try:
             with self._openfiles.watch(inode.key) as watch:
                 file = Settled(path, source.own_fd, record.stamp, inode.key, watch)
-                new = self._references.publish(file, record.content, durable=False)
+                self._references.publish(file, record.content, durable=False)
         except (InUse, GivenUp, Changed, OSError) as error:
             log.debug("cannot publish %s for a copy: %s", os.fsdecode(path), error)
             return None
-        self._settler.note(Referred(new, path, record.content, replaced=Ino(st.st_ino)))
-        self._references.finish(record.content, durable=False)
-        self._on_replaced(path)
         return record.content
 
     def _may_publish(self, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:

@@ -60,6 +60,7 @@ class _Tree:
     references: dict[bytes, Reference] = field(default_factory=dict)
     stats: dict[bytes, os.stat_result] = field(default_factory=dict)
     by_content: dict[ContentKey, list[bytes]] = field(default_factory=dict)
+    elsewhere: set[Ino] = field(default_factory=set)  # inodes below another store
     complete: bool = True  # nothing was unreadable
     scanned: bool = True  # the index has seen all of it
 
@@ -127,10 +128,6 @@ def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Fi
     for path, st in walk(backing, census, lambda: False):
         if stat.S_ISDIR(st.st_mode):
             continue
-        tree.stats[path] = st
-        census.files += 1
-        if not census.files % 1000:
-            progress("checking", census.files, None)
         try:
             reference = backing.read_reference(path)
         except StoreError as error:
@@ -142,8 +139,16 @@ def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Fi
             yield Finding("readable", path, error.strerror or str(error))
             continue
         if reference is not None:
-            tree.references[path] = reference
             tree.by_content.setdefault(reference.content, []).append(path)
+        if is_in_another(backing, path):
+            tree.elsewhere.add(Ino(st.st_ino))  # that store's business, but it may need a blob of ours
+            continue
+        tree.stats[path] = st
+        if reference is not None:
+            tree.references[path] = reference
+        census.files += 1
+        if not census.files % 1000:
+            progress("checking", census.files, None)
     if census.unreadable:
         tree.complete = False
         yield Finding("readable", b"", f"{census.unreadable} directories cannot be listed")
@@ -162,8 +167,6 @@ def check_references(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Fi
     """A reference has its size and no bytes of its own, and its blob exists with that size."""
     for path, reference in tree.references.items():
         st = tree.stats[path]
-        if is_in_another(backing, path):
-            continue
         if reference.materialising:
             repair = _abandon(backing, path, reference)
             yield Finding("materialising", path, "a copy from its blob was not finished", repair)
@@ -210,7 +213,7 @@ def check_index(index: Index, tree: _Tree, backing: Backing, *, was_clean: bool)
     if totals != counted:
         yield Finding("counters", INDEX, f"counters say {totals}, the records {counted}")
     pending = {ino for ino, _ in index.load_queue()}
-    seen: set[Ino] = set()
+    seen: set[Ino] = set(tree.elsewhere)
     for path, st in tree.stats.items():
         ino = Ino(st.st_ino)
         seen.add(ino)

@@ -329,7 +329,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         os.fsync(fip.contents.fh)
 
     def statfs(self, path: bytes, buffer: Any) -> None:
-        found, target = self._vfs.statfs(), buffer.contents
+        found, target = self._vfs.statfs(_relative(path)), buffer.contents
         for field in _STATFS:
             setattr(target, field, getattr(found, field))
 

@@ -51,11 +51,16 @@ class Touched:
 
 
 @dataclass(frozen=True, slots=True)
-class Referred:
-    """A path became a reference while an app waited: a copy inside the mount."""
+class Shared:
+    """What is at a path came to share its bytes with others; in the place of another inode, if one was `replaced`.
+
+    Noted inside the exclusive gate: before whatever anybody does to that path afterwards, and after whatever was done
+    to the inode number that it has now.
+    """
 
     st: os.stat_result
     path: bytes
+    state: FileState
     content: ContentKey
     replaced: Ino | None = None
 
@@ -77,7 +82,7 @@ class Restored:
     content: ContentKey
 
 
-Entry = Found | Restored | Named | Unnamed | DirectoryNamed | Touched | Referred
+Entry = Found | Restored | Named | Unnamed | DirectoryNamed | Touched | Shared
 
 
 class Journal:
@@ -103,10 +108,15 @@ class Recording:
     """Writes what is known of files into a batch."""
 
     def __init__(
-        self, backing: Backing, is_pending: Callable[[Ino], bool], offer: Callable[[Ino, bytes], None]
+        self,
+        backing: Backing,
+        is_pending: Callable[[Ino], bool],
+        offer: Callable[[Ino, bytes], None],
+        on_replaced: Callable[[bytes], None],
     ) -> None:
-        """`is_pending`: whether a file is queued or being written; `offer`: have one looked at."""
-        self._backing = backing
+        """`is_pending`: whether a file is queued or being written; `offer`: have one looked at; `on_replaced` is called
+        with each path that got another inode."""
+        self._backing, self._on_replaced = backing, on_replaced
         self._is_pending, self._offer = is_pending, offer
 
     def apply(self, batch: Batch, entry: Entry) -> None:
@@ -132,10 +142,11 @@ class Recording:
                 self._add_name(batch, ino, path)
             case Restored(st, path, content):
                 self.put(batch, path, st, FileState.PLAIN, content)
-            case Referred(st, path, content, replaced):
+            case Shared(st, path, state, content, replaced):
+                self.put(batch, path, st, state, content)
                 if replaced is not None:
-                    self.forget(batch, replaced)
-                self.put(batch, path, st, FileState.REFERENCE, content)
+                    batch.forget_file(replaced)
+                    self._on_replaced(path)
 
     def put(self, batch: Batch, path: bytes, st: os.stat_result, state: FileState, content: ContentKey) -> None:
         """Record a settled file. The record comes first: a reference must be counted even if its path has moved on."""

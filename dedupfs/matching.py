@@ -19,9 +19,9 @@ from .digest import DescriptorHasher, same_bytes
 from .errors import DamagedContent
 from .index import Batch
 from .journal import Recording
-from .model import SMALLEST_SHARED_BYTES, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
+from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
 from .openfiles import InUse, Key, OpenFiles
-from .sharing import Changed, Recorder, ReferenceSharing, Settled, Sharing
+from .sharing import Changed, ReferenceSharing, Settled, Sharing
 from .store import is_in_another
 
 log = logging.getLogger(__name__)
@@ -70,11 +70,21 @@ class Matcher:
                 if Key.of(st) != key:
                     raise Changed("replaced")
                 file = Settled(path, fd, Stamp.of(st), key, watch)
-                if self._record_reference(batch, file, st) or is_in_another(self._backing, path):
+                if is_in_another(self._backing, path):
+                    self._count_foreign_reference(batch, file, st)
+                    return
+                if self._record_reference(batch, file, st):
                     return
                 self._match(batch, file, self._digest(batch, file, digest))
             finally:
                 os.close(fd)
+
+    def _count_foreign_reference(self, batch: Batch, file: Settled, st: os.stat_result) -> None:
+        """Below another store nothing is shared or mended. But what became a reference of ours before that store was
+        made there needs its blob."""
+        reference = self._backing.fread_reference(file.fd)
+        if reference is not None and self._blobs.usable(reference.content):
+            self._recording.put(batch, file.path, st, FileState.REFERENCE, reference.content)
 
     def _record_reference(self, batch: Batch, file: Settled, st: os.stat_result) -> bool:
         """Whether the file is a reference, which then is recorded, and mended where a crash left it half-way."""
@@ -160,21 +170,15 @@ class Matcher:
     def _share(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
         """Whether the file shares its blocks now. False when nobody who has this content can be shared with."""
 
-        def record(changed: Settled, st: os.stat_result, state: FileState) -> None:
-            self._recording.put(batch, changed.path, st, state, content)
-            if st.st_ino != changed.key.ino:
-                batch.forget_file(changed.key.ino)
-                self._on_replaced(changed.path)
-
         try:
             blob_fd = self._blobs.open(content, file.stamp.size_bytes) if self._blobs.usable(content) else None
         except DamagedContent:
             blob_fd = None
         try:
             if blob_fd is not None:
-                if self._strategy.share_with_blob(blob_fd, file, content, record):
+                if self._strategy.share_with_blob(blob_fd, file, content):
                     return True
-                return self._heal(batch, file, content, record)
+                return self._heal(batch, file, content)
         except InUse:
             return self._wait_for_readers(file)
         finally:
@@ -183,12 +187,12 @@ class Matcher:
         for ino in others:
             held = batch.file(ino)
             if held is not None and held.state is FileState.REFERENCE:
-                return self._heal(batch, file, content, record)  # references without a blob wait for this copy
+                return self._heal(batch, file, content)  # references without a blob wait for this copy
             with self._open_other(batch, ino) as other:
                 if other is None or os.fstat(other.fd).st_nlink != 1:
                     continue
                 try:
-                    if self._strategy.share(other, file, content, record):
+                    if self._strategy.share(other, file, content):
                         return True
                 except InUse:
                     return self._wait_for_readers(file)
@@ -204,7 +208,7 @@ class Matcher:
             raise Changed("closed meanwhile")
         return False
 
-    def _heal(self, batch: Batch, file: Settled, content: ContentKey, record: Recorder) -> bool:
+    def _heal(self, batch: Batch, file: Settled, content: ContentKey) -> bool:
         """The blob has other bytes, or there is none. If it is the blob that is wrong, this copy takes its place."""
         if self._hash(file.fd, file.watch.checkpoint) != content.digest:
             batch.forget_file(file.key.ino)
@@ -219,10 +223,8 @@ class Matcher:
                     return False  # both are what they should be: a collision
             finally:
                 os.close(blob_fd)
-        st = self._references.heal(file, content)
+        self._references.heal(file, content)
         log.warning("blob %s was damaged; healed with %s", content.name, os.fsdecode(file.path))
-        record(file, st, FileState.REFERENCE)
-        self._references.finish(content, durable=True)
         for ino in batch.sharers(content):
             for path in batch.paths(ino, self._backing.root_ino):
                 self._on_replaced(path)  # the kernel may have pages of the damaged one
@@ -251,11 +253,17 @@ class Matcher:
             if held is not None and held.state is FileState.REFERENCE:
                 return False
         for ino in others:
-            paths = batch.paths(ino, self._backing.root_ino)
+            paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._leads_to(path, ino)]
             batch.forget_file(ino)
-            if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)) and paths:
-                self._offer(ino, paths[0])
+            if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)):
+                self._offer(ino, paths[0] if paths else UNKNOWN_PATH)
         return True
+
+    def _leads_to(self, path: bytes, ino: Ino) -> bool:
+        try:
+            return self._backing.lstat(path).st_ino == ino
+        except OSError:
+            return False
 
     @contextmanager
     def _open_other(self, batch: Batch, ino: Ino) -> Iterator[Settled | None]:

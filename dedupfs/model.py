@@ -18,6 +18,9 @@ Progress = Callable[[str, int, int | None], None]
 ROOT = b""
 STORE_DIRECTORY = b".dedupfs"
 
+# The path of a file that was closed under a name it does not have any more.
+UNKNOWN_PATH = b"?/?"
+
 # Below one block of the backing filesystem a reference would save nothing.
 SMALLEST_SHARED_BYTES = 4096
 

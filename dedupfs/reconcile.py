@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from .backing import Backing
 from .blobs import Blobs
+from .errors import StoreError
 from .index import Index
 from .journal import Found, Unnamed
-from .model import ROOT, STORE_DIRECTORY, Ino, Link, Progress, Stamp
+from .model import ROOT, STORE_DIRECTORY, FileState, Ino, Link, Progress, Stamp
 from .settle import Settler
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,9 @@ class Reconciler:
                 if stopping():
                     raise Stopped
                 self._drop_records_of_missing_files(stopping)
+                if self._offer_uncounted_references(stopping):
+                    tops = []
+                    continue
                 with self._settler.quiet():
                     # What an app moved meanwhile may have gone from where we had not been to where we had.
                     tops = take_moved()
@@ -145,7 +149,7 @@ class Reconciler:
         record = self._index.file(ino)
         if record is None or record.stamp != Stamp.of(st):
             census.offered += 1
-            self._settler.offer(ino, path)
+            self._settler.offer(ino, path, just_seen=True)
         if st.st_nlink > 1 or (record is not None and path not in self._index.paths(ino, self._backing.root_ino)):
             self._settler.note(Found(ino, path))
 
@@ -159,14 +163,34 @@ class Reconciler:
             after = chunk[-1][0]
         # Somebody who moves files behind our back can hide one from a walk; hardly from two.
         for path, st in walk(self._backing, Census(), stopping) if missing else ():
-            if st.st_ino in missing:
+            if stat.S_ISREG(st.st_mode) and st.st_ino in missing:
                 missing.discard(Ino(st.st_ino))
+                self._look(path, st, Census())
                 self._settler.note(Found(Ino(st.st_ino), path))
         for ino in missing:
             with self._settler.quiet():
                 gone = not self._is_at_a_path(ino)
             if gone:
                 self._settler.note(Unnamed(ino, Link(Ino(0), b"?"), gone=True))
+
+    def _offer_uncounted_references(self, stopping: Callable[[], bool]) -> bool:
+        """The last look before blobs may go: is every reference in the index? A photograph is at stake, so this trusts
+        nothing that came before. Answers whether there was one that is not, which is then offered."""
+        found = False
+        for path, st in walk(self._backing, Census(), stopping):
+            if not self._backing.may_be_reference(st):
+                continue
+            try:
+                reference = self._backing.read_reference(path)
+            except (OSError, StoreError):
+                continue  # counted as a failure when it was looked at
+            if reference is None or not self._blobs.usable(reference.content):
+                continue
+            record = self._index.file(Ino(st.st_ino))
+            if record is None or record.state is not FileState.REFERENCE or record.content != reference.content:
+                self._settler.offer(Ino(st.st_ino), path, just_seen=True)
+                found = True
+        return found
 
     def _is_at_a_path(self, ino: Ino) -> bool:
         for path in self._index.paths(ino, self._backing.root_ino):

@@ -24,7 +24,7 @@ from .journal import Entry, Journal, Recording
 from .matching import Matcher
 from .model import ContentKey, Digest, FileState, Ino
 from .openfiles import Gate, GivenUp, InUse, Key, OpenFiles
-from .sharing import Changed, ReferenceSharing
+from .sharing import Changed
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,6 @@ _BATCH_S = 1.0
 _POLL_S = 0.2  # for readers of a blob that nothing refers to any more
 _RETRY_S = 5.0  # after the index could not be written
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
-
-# The path of a file that was closed under a name it does not have any more.
-UNKNOWN_PATH = b"?/?"
 
 
 @dataclass(slots=True)
@@ -47,12 +44,10 @@ class _Pending:
 class Settler:
     """Queue, journal and thread. Apps call `enqueue`, `note` and `moved`; whoever asks calls the waiting methods."""
 
-    def __init__(
-        self, backing: Backing, index: Index, openfiles: OpenFiles, gate: Gate, references: ReferenceSharing
-    ) -> None:
+    def __init__(self, backing: Backing, index: Index, openfiles: OpenFiles, gate: Gate) -> None:
         self._backing, self._index, self._openfiles = backing, index, openfiles
         self._device, self._root = backing.device, backing.root_ino
-        self._gate, self._references = gate, references
+        self._gate = gate
         self._condition = threading.Condition(threading.Lock())
         self._fresh: dict[Ino, _Pending] = {}
         self._backlog: dict[Ino, _Pending] = {}
@@ -72,8 +67,9 @@ class Settler:
         self.index_is_complete = False
         self.lost_a_batch = False
 
-    def attach(self, matcher: Matcher, recording: Recording) -> None:
-        self._matcher, self._recording = matcher, recording
+    def attach(self, matcher: Matcher, recording: Recording, unlink_blob: Callable[[ContentKey], None]) -> None:
+        """What it works with; each of them notes or queues something here, and so comes later."""
+        self._matcher, self._recording, self._unlink_blob = matcher, recording, unlink_blob
 
     # -- called while apps wait ---------------------------------------------------------------------------------------
 
@@ -120,11 +116,13 @@ class Settler:
 
     # -- called by a scan ---------------------------------------------------------------------------------------------
 
-    def offer(self, ino: Ino, path: bytes) -> None:
-        """The index does not know this file as it is."""
+    def offer(self, ino: Ino, path: bytes, *, just_seen: bool = False) -> None:
+        """The index does not know this file as it is. A path that was `just_seen` takes the place of an older one."""
         with self._condition:
+            if just_seen:
+                self._backlog.pop(ino, None)
             if ino not in self._fresh:
-                self._backlog[ino] = _Pending(path)
+                self._backlog.setdefault(ino, _Pending(path))
             self._condition.notify_all()
 
     @contextmanager
@@ -281,6 +279,7 @@ class Settler:
                 with self._condition:
                     if self._stopping or self._waiting or time.monotonic() > deadline:
                         break
+            self._apply_journal(batch)  # what sharing noted belongs into the same transaction
             applied = self._journal.appended - len(self._journal)
             self._commit(batch)
             self._remove_unreferenced()
@@ -374,12 +373,13 @@ class Settler:
         for content in list(self._unreferenced) if self.index_is_complete else []:
             with self._gate.exclusive():
                 # Inside the gate no app makes a reference; one that was made before is still in the journal.
+                # What a scan or a name offered may be one that is not counted yet.
                 with self._condition:
-                    noted = len(self._journal)
-                if noted or self._openfiles.uses(content):
+                    undecided = len(self._journal) or self._backlog
+                if undecided or self._openfiles.uses(content):
                     continue
                 if not self.is_referenced(content):
-                    self._references.unlink_blob(content)
+                    self._unlink_blob(content)
                 self._unreferenced.discard(content)
 
     def is_referenced(self, content: ContentKey) -> bool:

@@ -33,6 +33,7 @@ from .backing import Backing
 from .blobs import Blobs
 from .digest import same_bytes
 from .errors import DamagedContent, StoreError
+from .journal import Shared
 from .model import ContentKey, FileState, Reference, Stamp
 from .openfiles import Gate, InUse, Key, OpenFiles, Watch
 from .store import QUARANTINE, STAGING
@@ -53,23 +54,23 @@ class Settled:
         self.path, self.fd, self.stamp, self.key, self.watch = path, fd, stamp, key, watch
 
 
-# Told of each path whose state changed, at once, with what is there now: a failure that follows must not lose it.
-Recorder = Callable[[Settled, os.stat_result, FileState], None]
+# Notes in the journal what changed at a path, in the same instant: a reference nobody knows of is not counted.
+Note = Callable[[Shared], None]
 
 
 class Sharing(Protocol):
     """How files of equal content come to use one set of blocks.
 
     Both methods answer False, with nothing changed, when the bytes differ. They raise Changed, GivenUp, InUse and
-    OSError with each path either as it was, or shared and recorded.
+    OSError with each path either as it was, or shared and noted.
     """
 
     name: str
 
-    def share(self, known: Settled, new: Settled, content: ContentKey, record: Recorder) -> bool:
+    def share(self, known: Settled, new: Settled, content: ContentKey) -> bool:
         """Share `new` with another file."""
 
-    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey, record: Recorder) -> bool:
+    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey) -> bool:
         """Share `new` with a blob."""
 
 
@@ -78,19 +79,19 @@ class ReflinkSharing:
 
     name = "reflink"
 
-    def __init__(self, backing: Backing) -> None:
-        self._backing = backing
+    def __init__(self, backing: Backing, note: Note) -> None:
+        self._backing, self._note = backing, note
 
-    def share(self, known: Settled, new: Settled, content: ContentKey, record: Recorder) -> bool:
-        if not self.share_with_blob(known.fd, new, content, record):
+    def share(self, known: Settled, new: Settled, content: ContentKey) -> bool:
+        if not self.share_with_blob(known.fd, new, content):
             return False
-        record(known, os.fstat(known.fd), FileState.SHARED)
+        self._note(Shared(os.fstat(known.fd), known.path, FileState.SHARED, content))
         return True
 
-    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey, record: Recorder) -> bool:
+    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey) -> bool:
         if not self._backing.dedupe(blob_fd, new.fd, new.stamp.size_bytes, new.watch.checkpoint):
             return False
-        record(new, os.fstat(new.fd), FileState.SHARED)
+        self._note(Shared(os.fstat(new.fd), new.path, FileState.SHARED, content))
         return True
 
 
@@ -99,47 +100,46 @@ class ReferenceSharing:
 
     name = "reference"
 
-    def __init__(self, backing: Backing, blobs: Blobs, openfiles: OpenFiles, gate: Gate) -> None:
-        self._backing, self._blobs = backing, blobs
+    def __init__(self, backing: Backing, blobs: Blobs, openfiles: OpenFiles, gate: Gate, note: Note) -> None:
+        self._backing, self._blobs, self._note = backing, blobs, note
         self._openfiles, self._gate = openfiles, gate
         self._names = itertools.count()
 
     # -- sharing ------------------------------------------------------------------------------------------------------
 
-    def share(self, known: Settled, new: Settled, content: ContentKey, record: Recorder) -> bool:
+    def share(self, known: Settled, new: Settled, content: ContentKey) -> bool:
         def checkpoint() -> None:
             known.watch.checkpoint()
             new.watch.checkpoint()
 
         if not same_bytes(known.fd, new.fd, checkpoint):
             return False
-        record(known, self.publish(known, content, durable=True), FileState.REFERENCE)
-        self.finish(content, durable=True)
-        record(new, self.refer(new, content), FileState.REFERENCE)
+        self.publish(known, content, durable=True)
+        self.refer(new, content)
         return True
 
-    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey, record: Recorder) -> bool:
+    def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey) -> bool:
         if not same_bytes(blob_fd, new.fd, new.watch.checkpoint):
             return False
         # It may have been published without being flushed, by a copy inside the mount.
         self._backing.fdatasync(blob_fd)
-        record(new, self.refer(new, content), FileState.REFERENCE)
+        self.refer(new, content)
         return True
 
-    def publish(self, known: Settled, content: ContentKey, *, durable: bool) -> os.stat_result:
-        """Make the inode of `known` the blob of `content`, and its path a reference to it, whose stat is answered.
+    def publish(self, known: Settled, content: ContentKey, *, durable: bool) -> None:
+        """Make the inode of `known` the blob of `content`, and its path a reference to it.
 
-        `known` may be open for reading. `finish` has to follow, once the new state is recorded. Without `durable` (only
-        where metadata keeps its order, and only for a file that nobody was promised to be on disk) nothing is flushed.
+        `known` may be open for reading. Without `durable` (only where metadata keeps its order, and only for a file
+        that nobody was promised to be on disk) nothing is flushed.
         """
-        return self._become_blob(known, content, "publish", self._blobs.publish, durable=durable)
+        self._become_blob(known, content, "publish", self._blobs.publish, durable=durable)
 
-    def heal(self, good: Settled, rotten: ContentKey) -> os.stat_result:
+    def heal(self, good: Settled, rotten: ContentKey) -> None:
         """Like `publish`, where the blob exists and is not what its digest says, or is missing.
 
         The damaged one goes to quarantine/. Every reference to it reads the good bytes from its next open on.
         """
-        return self._become_blob(good, rotten, "heal", self._blobs.supersede, durable=True)
+        self._become_blob(good, rotten, "heal", self._blobs.supersede, durable=True)
 
     def _become_blob(
         self,
@@ -149,7 +149,7 @@ class ReferenceSharing:
         enter: Callable[[bytes, ContentKey], None],
         *,
         durable: bool,
-    ) -> os.stat_result:
+    ) -> None:
         durable = durable or not self._backing.orders_metadata
         if durable:
             self._backing.fdatasync(known.fd)
@@ -164,7 +164,7 @@ class ReferenceSharing:
                 enter(known.path, content)
                 if not self._backing.orders_metadata:
                     self._blobs.flush_name(content)
-                st = self._replace(known, staged, staged_fd)
+                st = self._replace(known, staged, staged_fd, content)
             except BaseException as error:
                 # Whatever name the blob got, `sweep` would take it back for as long as the leftover is there.
                 self._take_back(staged)
@@ -176,19 +176,15 @@ class ReferenceSharing:
             try:
                 self._openfiles.follow(known.key, Key.of(st), reference, known.fd, spare)
             except OSError as error:
-                # The path is a reference already, and is to be recorded as one. Its readers read the right bytes.
+                # Nothing to undo: they read the right bytes.
                 log.error("readers of %s see the attributes of its blob: %s", os.fsdecode(known.path), error)
-        return st
-
-    def finish(self, content: ContentKey, *, durable: bool) -> None:
-        """Flush the name of a blob that was just published, before another file's own bytes go for it; and seal it."""
         if durable:
-            self._blobs.flush_name(content)
-        with suppress(OSError):  # the blob is complete; a seal that is missing is what fsck reports and mends
+            self._blobs.flush_name(content)  # before another file's own bytes go for it
+        with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
             self._blobs.seal(content)
 
-    def refer(self, new: Settled, content: ContentKey) -> os.stat_result:
-        """Put a reference to an existing blob at the path of `new`, whose own inode goes. Answers the new one's stat.
+    def refer(self, new: Settled, content: ContentKey) -> None:
+        """Put a reference to an existing blob at the path of `new`, whose own inode goes.
 
         Raises InUse when an app has the file open.
         """
@@ -198,7 +194,7 @@ class ReferenceSharing:
                 raise InUse("open for reading")
             staged, staged_fd = self._stage(new, Reference(content, new.stamp.size_bytes), "refer")
             try:
-                return self._replace(new, staged, staged_fd)
+                self._replace(new, staged, staged_fd, content)
             except BaseException:
                 self._backing.unlink(staged)
                 raise
@@ -240,17 +236,19 @@ class ReferenceSharing:
             raise
         return path, fd
 
-    def _replace(self, file: Settled, staged: bytes, staged_fd: int) -> os.stat_result:
-        """Rename a staged reference over the path, and let its directory look as if nothing had happened.
+    def _replace(self, file: Settled, staged: bytes, staged_fd: int, content: ContentKey) -> os.stat_result:
+        """Rename a staged reference over the path, note that, and let the directory look as if nothing had happened.
 
         Fails before the rename or not at all: a reference that nobody hears of is not counted.
         """
         directory = os.path.dirname(file.path)
         before = self._backing.lstat(directory)
         self._backing.rename(staged, file.path)
+        st = os.fstat(staged_fd)
+        self._note(Shared(st, file.path, FileState.REFERENCE, content, replaced=file.key.ino))
         with suppress(OSError):  # a wrong time of a directory is not worth undoing anything for
             self._backing.set_mtime(directory, before.st_mtime_ns)
-        return os.fstat(staged_fd)
+        return st
 
     def refer_in_place(self, fd: int, content: ContentKey, size_bytes: int) -> Reference:
         """Make an empty file, open for writing, a reference.

@@ -136,8 +136,9 @@ class Vfs:
                         continue  # removed while we listed
                 yield Entry(name, Ino(entry.inode()), _type_of(entry), found)
 
-    def statfs(self) -> os.statvfs_result:
-        return self._backing.statvfs()
+    def statfs(self, path: bytes) -> os.statvfs_result:
+        """Of the filesystem that `path` is on: another one may be mounted inside the source."""
+        return self._backing.statvfs(self._resolve(path))
 
     # -- making -------------------------------------------------------------------------------------------------------
 
@@ -259,10 +260,10 @@ class Vfs:
 
     def rmdir(self, path: bytes) -> None:
         path = self._resolve(path)
-        with self._gate.shared():
-            st = self._backing.lstat(path)
+        # Pinned, so that no new directory gets the number before this is noted.
+        with self._gate.shared(), self._pinned(path) as fd:
             self._backing.rmdir(path)
-            self._settler.note(DirectoryNamed(Ino(st.st_ino), None))
+            self._settler.note(DirectoryNamed(Ino(os.fstat(fd).st_ino), None))
 
     def rename(self, path: bytes, new: bytes, flags: int) -> tuple[os.stat_result, os.stat_result | None]:
         """Answers the attributes of what was moved, and of what it replaced or was exchanged with."""

@@ -269,17 +269,22 @@ class App:
         return data
 
 
+def start_engine(steps: Steps, source: str, options: str, *, ordered: bool) -> Engine:
+    backing = SteppingBacking(source, steps)
+    backing.orders_metadata = backing.orders_metadata and ordered
+    return Engine(source, parse_options(options, privileged=os.geteuid() == 0), backing=backing)
+
+
 class Run:
     """A scenario being played: the engine, the app on it, and what they write to."""
 
-    def __init__(self, steps: Steps, source: Path, ledger: Path, options: str) -> None:
-        self.steps, self.source, self.options = steps, source, options
+    def __init__(self, steps: Steps, source: Path, ledger: Path, options: str, *, ordered: bool) -> None:
+        self.steps, self.source, self.options, self._ordered = steps, source, options, ordered
         self.app = App(Ledger(ledger))
         self.start()
 
     def start(self) -> None:
-        options = parse_options(self.options, privileged=os.geteuid() == 0)
-        self.engine = Engine(str(self.source), options, backing=SteppingBacking(str(self.source), self.steps))
+        self.engine = start_engine(self.steps, str(self.source), self.options, ordered=self._ordered)
         self.app.serve(self.engine.vfs)
         if not self.engine.settler.index_is_complete:
             self.engine.scan(no_progress)  # as a mount does, in the background
@@ -570,10 +575,10 @@ SCENARIOS = {
 # --- jobs
 
 
-def play(steps: Steps, scenario: str, source: str, ledger: str, options: str) -> dict[str, object]:
+def play(steps: Steps, scenario: str, source: str, ledger: str, options: str, *, ordered: bool) -> dict[str, object]:
     """Play a scenario to its end, and say what the app met and what is wrong afterwards."""
     played = SCENARIOS[scenario]
-    run = Run(steps, Path(source), Path(ledger), options)
+    run = Run(steps, Path(source), Path(ledger), options, ordered=ordered)
     played.prepare(run)
     steps.arm()
     played.act(run)
@@ -591,7 +596,9 @@ def play(steps: Steps, scenario: str, source: str, ledger: str, options: str) ->
     return {"errors": run.app.errors, "problems": problems, "failed": steps.failed}
 
 
-def recover(steps: Steps, source: str, ledger: str, options: str, scenario: str, *, repair: bool = False) -> list[str]:
+def recover(
+    steps: Steps, scenario: str, source: str, ledger: str, options: str, *, ordered: bool, repair: bool
+) -> list[str]:
     """Start again after a crash, and hold the archive against the ledger. Answers what is wrong."""
     played = SCENARIOS[scenario]
     known = Ledger.load(Path(ledger))
@@ -602,8 +609,7 @@ def recover(steps: Steps, source: str, ledger: str, options: str, scenario: str,
             report = fsck(source, repair=True, progress=no_progress)
         left = [f"fsck --repair: {finding}" for finding in report.findings if not finding.repaired]
         problems += [] if played.rotten else left
-    backing = SteppingBacking(source, steps)
-    engine = Engine(source, parse_options(options, privileged=os.geteuid() == 0), backing=backing)
+    engine = start_engine(steps, source, options, ordered=ordered)
     app = App(known)
     app.serve(engine.vfs)
     problems += [f"at the start: {problem}" for problem in app.check(ignore=set(played.rotten), looked_at=False)]

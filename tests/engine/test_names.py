@@ -293,6 +293,74 @@ def test_an_inode_number_that_is_used_again(known: Bench, settled: bool) -> None
     assert [link.name for link in known.engine.index.links(Ino(ino))] == [b"young"]
 
 
+@pytest.mark.parametrize("then", ["nothing", "directory renamed", "file renamed"])
+def test_a_reference_that_uses_a_number_again(known: Bench, then: str) -> None:
+    """Sharing makes an inode whose number was another file's a moment ago: what is still to be told of that one, and
+    renames that come at the same time, must not make it unknown."""
+    known.reopen(backing=Tampered(known.source))
+    known.write("victim", DATA)
+    known.write("third", DATA)
+    known.settle()
+    number = known.below("victim").stat().st_ino
+    known.write("d/new", DATA)
+    backing = known.engine.backing
+    assert isinstance(backing, Tampered)
+    happened: list[str] = []
+
+    def before(call: str, arguments: tuple[object, ...]) -> None:
+        if call == "fdatasync" and not happened:
+            happened.append("unlinked")
+            known.unlink("victim")
+
+    def on_replaced(path: bytes) -> None:
+        if path == b"d/new" and len(happened) == 1:
+            happened.append("moved")
+            if then == "directory renamed":
+                known.rename("d", "else")
+            elif then == "file renamed":
+                known.rename("d/new", "moved")
+
+    backing.before = before
+    known.engine.on_replaced = on_replaced
+    known.settle()
+    assert happened == ["unlinked", "moved"]
+    path = {"nothing": "d/new", "directory renamed": "else/new", "file renamed": "moved"}[then]
+    if known.below(path).stat().st_ino != number:
+        pytest.skip("the filesystem did not use the number again")
+    for name in ("known", "third"):
+        known.unlink(name)
+    known.settle()
+    assert known.read(path) == DATA
+    assert known.state(path) == "reference"
+    assert known.status()["files"] == 1
+
+
+def test_a_directory_removed_while_another_gets_its_number(known: Bench) -> None:
+    """Removed, and before that is told, its number belongs to a new one."""
+    known.mkdir("old")
+    known.settle()
+    ino = known.below("old").stat().st_ino
+    backing = Tampered(known.source)
+    known.reopen(backing=backing)
+    meeting = Meeting()
+
+    def after(call: str, arguments: tuple[object, ...]) -> None:
+        if call == "rmdir":
+            meeting.wait()
+
+    backing.after = after
+    with in_thread(lambda: known.rmdir("old")):
+        meeting.reached()
+        for number in range(100):
+            known.mkdir(f"d{number}")
+            if known.below(f"d{number}").stat().st_ino == ino:
+                break
+        known.write(f"d{number}/new", DATA)
+        meeting.release()
+    known.settle()
+    assert known.duplicates("known") == [f"d{number}/new"]
+
+
 def test_a_directorys_inode_number_that_is_used_again(known: Bench) -> None:
     known.mkdir("old")
     known.write("old/file", DATA)

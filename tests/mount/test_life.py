@@ -490,13 +490,20 @@ def test_a_store_inside_a_larger_archive(mounts: Mounts) -> None:
     outer = mounts.new(prepare=prepare)
     outer.expect_log(r"ERROR.*department", r"WARNING.*department")
     outer.start()
+    (blob,) = (outer.below("department/.dedupfs/blobs")).glob("*/*")
+    before = blob.stat()
     outer.settle()
-    assert outer.duplicates("a.jpg") == [b"b.jpg"]
-    assert "field" in os.listdir(outer.path("department"))
+    assert b"b.jpg" in outer.duplicates("a.jpg")
+    assert sorted(os.listdir(outer.path("department"))) == [".dedupfs", *sorted(FOLDERS)]
+    for name in ("a.jpg", "b.jpg"):
+        outer.path(name).unlink()
+    outer.settle()
     try:
-        assert outer.path("department/field/picture.jpg").read_bytes() == content
+        assert read_afresh(outer.path("department/field/picture.jpg")) == content
     except OSError as refused:
         assert refused.errno == errno.EIO
+    assert blob.read_bytes() == content
+    assert (blob.stat().st_ino, blob.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     outer.unmount()
     # and the department can still be mounted, or brought back, by itself
     department = outer.source / "department"

@@ -5,6 +5,7 @@ open, no mount and no process left behind.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -353,7 +354,13 @@ class Mounted:
         source = str(self.source.resolve())
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
-                target = os.readlink(entry)
+                try:
+                    target = os.readlink(entry)
+                except OSError as error:
+                    if error.errno != errno.ENAMETOOLONG:
+                        raise
+                    found.append(f"{entry}, at a path beyond PATH_MAX")
+                    continue
                 inside = target.removeprefix(source + "/")
                 if inside == target or not stat.S_ISREG(entry.stat().st_mode):
                     continue

@@ -27,8 +27,8 @@ LAYERS = [
     "index",
     # engine
     "openfiles",
-    "sharing",
     "journal",
+    "sharing",
     "matching",
     "settle",
     "asking",

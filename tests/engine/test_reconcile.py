@@ -1,0 +1,457 @@
+"""What was done behind dedupfs's back, or lost with the daemon, is found by a walk; and a walk is never believed too soon."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from dedupfs.engine import rebuild
+from dedupfs.reconcile import Stopped
+from tests.support.filesystems import remove_tree
+
+from .bench import BLOCK, Bench, Meeting, Tampered, content, in_thread, silent
+from .test_sharing import every_strategy
+
+DATA = content("same", 3 * BLOCK + 3)
+OTHER = content("other", 3 * BLOCK + 3)
+
+
+def answers(bench: Bench) -> object:
+    """What the index says of every file, by path; all that a rebuilt one must say as well."""
+    found = {}
+    for directory, directories, names in os.walk(bench.source):
+        if ".dedupfs" in directories:
+            directories.remove(".dedupfs")
+        for name in names:
+            path = os.path.relpath(os.path.join(directory, name), bench.source)
+            found[path] = (bench.digest(path), bench.state(path), bench.refs(path), bench.duplicates(path))
+    status = bench.status()
+    del status["pending"]
+    return found, status, bench.engine.duplicates(None)
+
+
+def fill(bench: Bench) -> None:
+    for directory in ("a", "a/deep", "b"):
+        bench.mkdir(directory)
+    for number, name in enumerate(("one", "a/two", "a/deep/three", "b/four", "b/five", "b/six")):
+        bench.write(name, (DATA, OTHER, content("unique"))[number % 3])
+    bench.write("b/small", b"small")
+    bench.link("b/small", "a/small too")
+    bench.write("empty", b"")
+    bench.settle()
+
+
+def never_seen(bench: Bench) -> None:
+    """A directory as it was before dedupfs first came to it."""
+    bench.close()
+    remove_tree(bench.source / ".dedupfs")
+
+
+# -- a first scan
+
+
+@every_strategy
+def test_an_existing_archive(bench: Bench) -> None:
+    never_seen(bench)
+    for number in range(30):
+        bench.put(f"dir {number % 4}/file {number}", content(f"{number % 10}"))
+    os.symlink("nowhere", bench.source / "link")
+    os.mkfifo(bench.source / "fifo")
+    bench.open(start=True)
+    bench.settle()
+    assert bench.status()["files"] == 30
+    bench.scan()
+    for number in range(30):
+        assert bench.read(f"dir {number % 4}/file {number}") == content(f"{number % 10}")
+        assert bench.refs(f"dir {number % 4}/file {number}") == 3
+    assert bench.status()["stored_bytes"] == 10 * len(content("0"))
+    assert (bench.source / "link").is_symlink()
+
+
+def test_a_scan_can_be_stopped_and_goes_on(bench: Bench) -> None:
+    never_seen(bench)
+    for number in range(50):
+        bench.put(f"d{number}/file", DATA)
+    bench.open()
+    seen = 0
+
+    def stopping(phase: str, done: int, total: int | None) -> None:
+        nonlocal seen
+        seen += 1
+        bench.engine._stopping.set()
+
+    with pytest.raises(Stopped):
+        bench.engine.scan(stopping)
+    assert seen
+    bench.reopen()
+    assert not bench.engine.settler.index_is_complete
+    bench.scan()
+    assert bench.refs("d0/file") == 50
+
+
+def test_closing_in_the_middle_of_the_first_scan(bench: Bench) -> None:
+    """What was not looked at yet is not taken for looked at."""
+    never_seen(bench)
+    for number in range(200):
+        bench.put(f"d{number}/file", content(str(number % 100)))
+    for _ in range(3):
+        bench.open(start=True)
+        bench.close()
+    bench.open(start=True)
+    bench.settle()
+    bench.wait_for(lambda: bench.engine.settler.index_is_complete)
+    assert bench.refs("d0/file") == 2
+    assert bench.status()["files"] == 200
+
+
+# -- behind our back
+
+
+@every_strategy
+def test_changes_behind_our_back(bench: Bench) -> None:
+    fill(bench)
+    bench.close()
+    bench.put("added", DATA)
+    bench.put("new directory/added", OTHER)
+    bench.below("b/six").unlink()
+    bench.below("b/five").unlink()
+    bench.put("b/five", b"changed")
+    os.rename(bench.below("b/four"), bench.below("renamed"))
+    os.rename(bench.below("a"), bench.below("b/a"))
+    bench.open()
+    bench.scan()
+    assert bench.read("added") == DATA
+    assert bench.duplicates("added") == ["one", "renamed"]
+    assert bench.duplicates("new directory/added") == ["b/a/two"]
+    assert bench.read("b/five") == b"changed"
+    assert bench.duplicates("b/small") == ["b/a/small too"]
+    assert bench.status()["files"] == 9
+    assert bench.state("added") != "plain"
+    bench.reopen()
+    assert bench.scan()["looked_at"] == 0
+
+
+def test_a_link_made_behind_our_back(bench: Bench) -> None:
+    bench.write("one", DATA)
+    bench.settle()
+    os.link(bench.below("one"), bench.below("uno"))
+    bench.write("two", DATA)
+    bench.settle()
+    bench.scan()
+    assert bench.duplicates("two") == ["one", "uno"]
+    assert bench.read("two") == DATA
+
+
+def test_moved_between_two_looks(bench: Bench) -> None:
+    """Somebody moves a file behind our back, from where the walk has not been to where it has: it is not dropped."""
+    for name in ("a/file", "z/file"):
+        bench.put(name, content(name))
+    bench.scan()
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+    order: list[bytes] = []
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "scandir" and arguments[0] in (b"a", b"z"):
+            order.append(bytes(arguments[0]))  # type: ignore[arg-type]
+            if len(order) == 2:
+                os.rename(bench.below(os.fsdecode(order[1]) + "/file"), bench.below(os.fsdecode(order[0]) + "/moved"))
+
+    backing.before = before
+    bench.scan()
+    backing.before = lambda name, arguments: None
+    moved = os.fsdecode(order[0]) + "/moved"
+    assert bench.digest(moved)
+    assert bench.status()["files"] == 2
+
+
+# -- unclean stops
+
+
+@every_strategy
+def test_after_an_unclean_stop(bench: Bench) -> None:
+    """Nothing of the last session is in the index: neither files nor names nor ends."""
+    fill(bench)
+    bench.crash()
+    bench.open()
+    bench.write("seven", DATA)
+    bench.unlink("b/four")
+    bench.rename("a/deep", "deeper")
+    bench.write_at("b/five", b"CHANGED", 0)
+    bench.write("pending", OTHER)
+    bench.crash()
+    bench.recover()
+    assert bench.duplicates("one") == ["seven"]
+    assert bench.duplicates("pending") == ["a/two"]
+    assert bench.read("deeper/three") == content("unique")
+    assert bench.duplicates("deeper/three") == ["b/six"]
+    assert bench.read("b/five") == b"CHANGED" + OTHER[7:]
+
+
+def test_an_unclean_store_stays_unclean_until_it_was_walked(bench: Bench) -> None:
+    """However often it is opened and closed, read-only or stopped early: a reference that nobody counted keeps its blob."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.reopen()
+    bench.copy("one", "uncounted")
+    bench.crash()
+    for read_only in (True, False):
+        bench.open(read_only=read_only, start=read_only)
+        assert not bench.engine.settler.index_is_complete
+        bench.close()
+    bench.open()
+    for name in ("one", "two"):
+        bench.unlink(name)
+    bench.settle()
+    assert bench.read("uncounted") == DATA
+    bench.scan()
+    assert bench.read("uncounted") == DATA
+    assert bench.engine.settler.index_is_complete
+
+
+def test_a_read_only_mount_of_a_clean_store_leaves_it_clean(bench: Bench) -> None:
+    fill(bench)
+    before = answers(bench)
+    bench.reopen(read_only=True, start=True)
+    assert bench.engine.settler.index_is_complete
+    assert answers(bench) == before
+    bench.reopen()
+    assert bench.engine.settler.index_is_complete
+
+
+def test_apps_work_while_the_store_is_reconciled(bench: Bench) -> None:
+    for number in range(100):
+        bench.write(f"file {number:03d}", content(str(number % 10)))
+    bench.settle()
+    bench.crash()
+    bench.open(start=True)
+    for number in range(100):
+        assert bench.read(f"file {number:03d}") == content(str(number % 10))
+        if number % 3 == 0:
+            bench.rename(f"file {number:03d}", f"moved {number:03d}")
+        if number % 5 == 0:
+            bench.write(f"new {number:03d}", content(str(number % 10)))
+    bench.settle()
+    assert bench.status()["files"] == 120
+    assert bench.refs("moved 000") == 20
+    assert bench.refs("file 001") == 10
+
+
+# -- references that a walk might miss
+
+
+@pytest.fixture
+def uncounted(bench: Bench) -> Iterator[Bench]:
+    """References that no index knows, in directories a/ to e/; each with a blob of its own, named by nothing else."""
+    for name in "abcde":
+        bench.mkdir(name)
+        bench.mkdir(f"{name}/below")
+        bench.write(f"{name}/below/file", content(name))
+        bench.write(f"{name}/gone", content(name))
+    bench.settle()
+    for name in "abcde":
+        bench.unlink(f"{name}/gone")
+    bench.settle()
+    assert len(bench.blobs()) == 5
+    bench.close()
+    shutil.rmtree(bench.source / ".dedupfs/index")
+    yield bench
+    bench.settle()
+    found = sorted(bench.read(os.path.relpath(path, bench.source)) for path in bench.source.rglob("file*"))
+    assert found == sorted(content(name) for name in "abcde")
+
+
+@pytest.mark.parametrize("what", ["directory", "file", "link", "exchange"])
+def test_moved_by_an_app_while_the_walk_goes_on(uncounted: Bench, what: str) -> None:
+    """From where the walk has not been to where it has: its references would never be met."""
+    bench = uncounted
+    backing = Tampered(bench.source)
+    bench.open(backing=backing)
+    seen: list[str] = []
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name != "scandir" or not isinstance(arguments[0], bytes) or b"/" not in arguments[0]:
+            return
+        directory = os.fsdecode(arguments[0]).split("/")[0]
+        if directory not in "abcde" or directory in seen:
+            return
+        seen.append(directory)
+        if len(seen) == 2:
+            (later, *_) = (other for other in "abcde" if other not in seen)
+            match what:
+                case "directory":
+                    bench.rename(f"{later}/below", f"{seen[0]}/moved")
+                case "file":
+                    bench.rename(f"{later}/below/file", f"{seen[0]}/file moved")
+                case "link":
+                    bench.link(f"{later}/below/file", f"{seen[0]}/file moved")
+                    bench.unlink(f"{later}/below/file")
+                case "exchange":
+                    bench.mkdir("x")
+                    bench.rename(f"{later}/below", f"{seen[0]}/below", 2)
+
+    backing.before = before
+    bench.scan()
+    backing.before = lambda name, arguments: None
+    assert len(seen) >= 2
+    assert len(bench.blobs()) == 5
+
+
+def test_moved_by_an_app_after_the_walk(uncounted: Bench) -> None:
+    """The walk has ended, and is about to be believed: now the last thing it does is looking for missing files."""
+    bench = uncounted
+    bench.open()
+    reconciler = bench.engine._reconciler
+    drop = reconciler._drop_records_of_missing_files
+    moved = []
+
+    def moving(stopping: Callable[[], bool]) -> None:
+        drop(stopping)
+        if not moved:
+            moved.append(True)
+            bench.mkdir("late")
+            bench.rename("a/below", "late/below")
+            bench.rename("b/below/file", "late/file")
+
+    reconciler._drop_records_of_missing_files = moving  # type: ignore[method-assign]
+    bench.scan()
+    assert moved
+    assert len(bench.blobs()) == 5
+
+
+def test_a_directory_that_cannot_be_listed(uncounted: Bench) -> None:
+    """What may be in it may be a reference."""
+    bench = uncounted
+    backing = Tampered(bench.source)
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "scandir" and arguments[0] == b"c/below":
+            raise OSError(5, "Input/output error")
+
+    backing.before = before
+    bench.expect_log("cannot list", "could not look at everything")
+    bench.open(backing=backing)
+    bench.scan()
+    assert len(bench.blobs()) == 5
+    assert not bench.engine.settler.index_is_complete
+    backing.before = lambda name, arguments: None
+    bench.scan()
+    assert bench.engine.settler.index_is_complete
+
+
+@pytest.mark.parametrize("call", ["open_quietly", "fread_reference"])
+def test_a_file_that_cannot_be_looked_at(uncounted: Bench, call: str) -> None:
+    bench = uncounted
+    backing = Tampered(bench.source)
+    failed = []
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name == call and not failed and (call != "open_quietly" or arguments[0] == b"c/below/file"):
+            failed.append(name)
+            raise OSError(24, "Too many open files")
+
+    backing.before = before
+    bench.expect_log("is not settled", "could not look at everything")
+    bench.open(backing=backing)
+    bench.scan()
+    assert failed
+    assert len(bench.blobs()) == 5
+    bench.scan()
+    assert bench.engine.settler.index_is_complete
+    assert len(bench.blobs()) == 5
+
+
+@pytest.mark.parametrize("how", ["scan", "rebuild", "fsck"])
+def test_a_directory_that_becomes_another_store(uncounted: Bench, how: str) -> None:
+    """An app unpacks somebody's store: the references beside it are ours all the same."""
+    bench = uncounted
+    bench.open()
+    bench.mkdir("c/.dedupfs")
+    bench.write("c/.dedupfs/format", b"{}")
+    bench.expect_log("")
+    bench.expect_findings()
+    if how == "scan":
+        bench.scan()
+    else:
+        bench.scan()
+        bench.close()
+        if how == "rebuild":
+            rebuild(str(bench.source), silent)
+        else:
+            bench.fsck(repair=True)
+        bench.open()
+    assert bench.read("c/below/file") == content("c")
+    assert len(bench.blobs()) == 5
+
+
+def test_another_mount_below(uncounted: Bench) -> None:
+    """A store of its own below ours is left to itself."""
+    bench = uncounted
+    bench.open()
+    bench.scan()
+    other = bench.source / "other"
+    other.mkdir()
+    inner = Bench(other)
+    inner.open()
+    for name in ("x", "y"):
+        inner.write(name, DATA)
+    inner.settle()
+    inner.close()
+    inner.finish()
+    bench.write("mine", DATA)
+    bench.scan()
+    assert bench.duplicates("mine") == []
+    inner = Bench(other)
+    inner.open()
+    assert inner.read("x") == DATA
+    inner.finish()
+
+
+# -- a new index
+
+
+@every_strategy
+@pytest.mark.parametrize("how", ["rebuild", "deleted", "garbage", "cut short", "of another store", "a file missing"])
+def test_a_new_index_gives_the_same_answers(bench: Bench, how: str) -> None:
+    fill(bench)
+    before = answers(bench)
+    bench.close()
+    index = bench.source / ".dedupfs/index"
+    match how:
+        case "rebuild":
+            rebuild(str(bench.source), silent)
+        case "deleted":
+            shutil.rmtree(index)
+        case "garbage":
+            (index / "data.mdb").write_bytes(os.urandom(1 << 16))
+            bench.expect_log("beginning a new one")
+        case "cut short":
+            os.truncate(index / "data.mdb", 3 * BLOCK)
+            bench.expect_log("beginning a new one")
+        case "of another store":
+            other = Bench(bench.source / "elsewhere")
+            other.source.mkdir()
+            other.open()
+            other.finish()
+            shutil.copy(other.source / ".dedupfs/index/data.mdb", index / "data.mdb")
+            shutil.rmtree(other.source)
+            bench.expect_log("beginning a new one")
+        case "a file missing":
+            (index / "data.mdb").unlink()
+    bench.open(start=True)
+    bench.settle()
+    assert answers(bench) == before
+    bench.scan()
+    assert answers(bench) == before
+
+
+def test_rebuilding_waits_for_nobody(bench: Bench) -> None:
+    """Two scans at once take turns."""
+    fill(bench)
+    bench.reopen(start=True)
+    meeting = Meeting()
+    with in_thread(bench.scan), in_thread(bench.scan):
+        meeting.release()
+    assert bench.status()["files"] == 8

@@ -1,0 +1,185 @@
+"""The way out: references become plain files again, verified, and stay so."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dedupfs.errors import SourceError
+
+from .bench import BLOCK, Bench, Tampered, content, silent
+from .test_damage import DATA, unprotect
+
+OTHER = content("other", 4 * BLOCK)
+
+
+@pytest.fixture
+def shared(bench: Bench) -> Iterator[Bench]:
+    for directory in ("a", "a/deep", "b"):
+        bench.mkdir(directory)
+    for name in ("one", "a/two", "a/deep/three", "b/four"):
+        bench.write(name, DATA)
+        os.utime(bench.below(name), ns=(10**18, 10**18 + 7))
+    for name in ("b/five", "a/six"):
+        bench.write(name, OTHER)
+    bench.settle()
+    assert len(bench.blobs()) == 2
+    yield bench
+
+
+def restore(bench: Bench, *paths: str) -> dict[str, Any]:
+    return dict(bench.engine.restore([os.fsencode(path) for path in paths], silent))
+
+
+def plain(bench: Bench) -> list[str]:
+    return sorted(
+        name
+        for name in ("one", "a/two", "a/deep/three", "b/four", "b/five", "a/six")
+        if not bench.is_reference(name)
+    )
+
+
+def test_everything(shared: Bench) -> None:
+    assert restore(shared) == {"restored": 6, "bytes": 4 * len(DATA) + 2 * len(OTHER), "failed": []}
+    shared.settle()
+    assert shared.blobs() == []
+    for name in ("one", "a/two", "a/deep/three", "b/four"):
+        assert shared.below(name).read_bytes() == DATA  # without dedupfs
+        assert shared.below(name).stat().st_mtime_ns == 10**18 + 7
+    assert shared.below("b/five").read_bytes() == OTHER
+
+
+def test_a_part(shared: Bench) -> None:
+    assert restore(shared, "a", "b/five")["restored"] == 4
+    assert plain(shared) == ["a/deep/three", "a/six", "a/two", "b/five"]
+    shared.settle()
+    assert shared.read("one") == shared.read("b/four") == DATA
+    assert len(shared.blobs()) == 1
+
+
+def test_it_is_not_shared_again_at_once(shared: Bench) -> None:
+    restore(shared)
+    shared.settle()
+    shared.reopen(start=True)
+    shared.settle()
+    shared.engine.scan(silent)
+    assert len(plain(shared)) == 6
+    assert shared.state("one") == "plain"
+    assert shared.duplicates("one") == ["a/deep/three", "a/two", "b/four"]  # still known
+    assert shared.status()["saved_bytes"] == 0
+
+
+def test_again_finds_nothing_to_do(shared: Bench) -> None:
+    restore(shared)
+    assert restore(shared) == {"restored": 0, "bytes": 0, "failed": []}
+
+
+def test_of_a_running_engine(shared: Bench) -> None:
+    shared.reopen(start=True)
+    with shared.opened("one") as reader, shared.opened("a/two", os.O_RDWR) as writer:
+        shared.write_to(writer, b"CHANGED")
+        assert restore(shared)["restored"] == 5
+        assert shared.read_from(reader) == DATA
+    shared.settle()
+    assert shared.read("a/two") == b"CHANGED" + DATA[7:]
+    assert shared.below("one").read_bytes() == DATA
+    shared.wait_for(lambda: shared.blobs() == [])
+
+
+@pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("size_bytes", [BLOCK, BLOCK + 1, 5 * BLOCK])
+def test_small_files_with_long_xattrs(bench: Bench, size_bytes: int) -> None:
+    """A block of xattrs makes a small reference look as if it had all its blocks."""
+    data = content("small", size_bytes)
+    for name in ("one", "two"):
+        bench.write(name, data)
+        for number in range(3):
+            os.setxattr(bench.below(name), f"user.long{number}", b"x" * 1000)
+        if bench.engine.backing.filesystem == "xfs":
+            os.setxattr(bench.below(name), "user.longer", b"x" * 60000)
+    bench.settle()
+    assert bench.is_reference("one")
+    assert bench.read("one") == data
+    assert restore(bench)["restored"] == 2
+    assert bench.below("one").read_bytes() == data
+    assert bench.below("two").read_bytes() == data
+    bench.settle()
+
+
+def test_hard_linked_references(shared: Bench) -> None:
+    shared.link("one", "uno")
+    shared.settle()
+    assert restore(shared)["failed"] == []
+    assert shared.below("one").read_bytes() == shared.below("uno").read_bytes() == DATA
+    assert shared.below("one").stat().st_ino == shared.below("uno").stat().st_ino
+
+
+def test_what_cannot_be_restored_is_listed_and_left(shared: Bench) -> None:
+    (blob,) = (path for path in (shared.source / ".dedupfs/blobs").rglob("*.0") if path.stat().st_size == len(OTHER))
+    unprotect(blob)
+    blob.rename(shared.source / "rescued")
+    answer = restore(shared)
+    assert answer["restored"] == 4
+    assert sorted(each["path"] for each in answer["failed"]) == ["a/six", "b/five"]
+    assert all("missing" in each["reason"] for each in answer["failed"])
+    assert shared.is_reference("b/five")
+    shared.expect_findings()
+
+
+def test_a_full_disk(shared: Bench) -> None:
+    backing = Tampered(shared.source)
+    shared.reopen(backing=backing)
+    copied = []
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "copy_range":
+            copied.append(arguments)
+            if len(copied) > 3:
+                raise OSError(28, "No space left on device")
+
+    backing.before = before
+    answer = restore(shared)
+    assert answer["restored"] == 3
+    assert len(answer["failed"]) == 3
+    backing.before = lambda name, arguments: None
+    for name in ("one", "a/two", "a/deep/three", "b/four"):
+        assert shared.read(name) == DATA
+    assert restore(shared)["restored"] == 3
+
+
+def test_a_copy_that_differs_is_not_relied_on(shared: Bench) -> None:
+    """Bytes are compared before the reference is given up."""
+    backing = Tampered(shared.source)
+    shared.reopen(backing=backing)
+
+    def after(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "copy_range":
+            target = arguments[1]
+            assert isinstance(target, int)
+            os.pwrite(target, b"ROTTEN", BLOCK)
+
+    backing.after = after
+    answer = restore(shared, "one")
+    assert (answer["restored"], len(answer["failed"])) == (0, 1)
+    assert shared.is_reference("one")
+    backing.after = lambda name, arguments: None
+    assert shared.read("one") == DATA
+
+
+def test_of_what_is_not_there(shared: Bench) -> None:
+    with pytest.raises(SourceError):
+        restore(shared, "nowhere")
+
+
+def test_of_an_unclean_store(shared: Bench) -> None:
+    shared.write("new", DATA)
+    shared.crash()
+    shared.open()
+    answer = restore(shared)
+    assert answer["failed"] == []
+    assert answer["restored"] >= 6
+    assert shared.below("new").read_bytes() == DATA
+    assert shared.below("one").read_bytes() == DATA
+    shared.settle()
+    assert shared.blobs() == []
