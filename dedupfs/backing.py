@@ -21,7 +21,7 @@ from contextlib import suppress
 from .codec import decode_reference, encode_reference
 from .digest import Checkpoint
 from .errors import SourceError
-from .model import ROOT, SMALLEST_SHARED_BYTES, Ino, Reference
+from .model import ROOT, SMALLEST_SHARED_BYTES, Ino, Link, Reference
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -146,7 +146,12 @@ class Backing:
         """Where in the source an open descriptor is now, whatever was renamed since; None when it has no name there."""
         if os.fstat(fd).st_nlink == 0:
             return None
-        path = os.readlink(b"/proc/self/fd/%d" % fd)
+        try:
+            path = os.readlink(b"/proc/self/fd/%d" % fd)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return None  # longer than the kernel can say: a scan finds the file
+            raise
         root = os.readlink(b"/proc/self/fd/%d" % self.root_fd)  # asked each time: it may be renamed as well
         if path == root:
             return ROOT
@@ -159,6 +164,11 @@ class Backing:
             return os.fstatvfs(fd)
         finally:
             os.close(fd)
+
+    def link_of(self, path: bytes) -> Link:
+        """The directory entry at a path. Raises OSError when there is no such directory."""
+        directory, _, name = path.rpartition(b"/")
+        return Link(Ino(self.lstat(directory).st_ino) if directory else self.root_ino, name)
 
     # -- names --------------------------------------------------------------------------------------------------------
 

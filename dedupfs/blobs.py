@@ -166,7 +166,7 @@ class Blobs:
                 continue
             for entry in self._backing.scandir(BLOBS + b"/" + os.fsencode(directory.name)):
                 content = parse_name(entry.name)
-                if content is not None:
+                if content is not None and entry.name.startswith(directory.name):
                     yield content, entry.stat(follow_symlinks=False)
 
 
@@ -177,4 +177,5 @@ def parse_name(name: str) -> ContentKey | None:
         content = ContentKey(Digest(bytes.fromhex(digest)), int(collision))
     except ValueError:
         return None
-    return content if dot and len(content.digest) == 16 and content.name == name else None
+    plausible = dot and len(content.digest) == 16 and 0 <= content.collision < 1 << 16
+    return content if plausible and content.name == name else None

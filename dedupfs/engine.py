@@ -26,10 +26,11 @@ from .journal import Recording
 from .matching import Matcher
 from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, FileState, Progress
 from .openfiles import Gate, OpenFiles
+from .orphans import Orphans
 from .reconcile import Census, Reconciler, Stopped, walk
 from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
-from .store import INDEX, ORPHANS, QUARANTINE, Store
+from .store import INDEX, QUARANTINE, Store
 from .vfs import Vfs
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class Engine:
         note = self.settler.note
         self.references = ReferenceSharing(backing, self.blobs, self.openfiles, self.gate, note)
         self.references.sweep()
-        _sweep_orphans(backing)
+        orphans = Orphans(backing, self.openfiles, self.settler)
+        orphans.sweep()
         self.sharing: Sharing = ReflinkSharing(backing, note) if by_reflink else self.references
         recording = Recording(backing, self.settler.is_pending, self.settler.offer, lambda path: self.on_replaced(path))
         self.settler.attach(
@@ -107,10 +109,11 @@ class Engine:
             self.gate,
             self.references,
             self.settler,
+            orphans,
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
         )
-        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers)
+        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
@@ -344,9 +347,3 @@ def _set_index_aside(backing: Backing) -> None:
     with suppress(FileNotFoundError):
         backing.rename(INDEX, aside)
     backing.mkdir(INDEX, 0o700)
-
-
-def _sweep_orphans(backing: Backing) -> None:
-    """Files that were unlinked, and open, when the daemon died: nobody can open them any more."""
-    for entry in list(backing.scandir(ORPHANS)):
-        backing.unlink(ORPHANS + b"/" + os.fsencode(entry.name))

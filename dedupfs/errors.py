@@ -1,6 +1,6 @@
 """The exceptions dedupfs raises on purpose, and what each means to an app and to a shell.
 
-    DedupfsError              exit  errno
+    DedupfsError              exit  errno    (70, EIO where nothing more is known)
     ├── UsageError            64    EINVAL   a wrong option or argument
     ├── StoreError            65    EIO      what lies in .dedupfs is not what we wrote
     │   ├── IndexDamaged      65    EIO      the LMDB index cannot be used; it can be rebuilt
@@ -25,7 +25,7 @@ EXIT_OS_ERROR = 71
 class DedupfsError(Exception):
     """Something went wrong that is not a bug: `str()` is one line that says what happened and what to do."""
 
-    exit_code = 1
+    exit_code = EXIT_INTERNAL
     errno = _errno.EIO
 
 

@@ -19,6 +19,7 @@ from .index import Index
 from .journal import Restored, Shared, Touched
 from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, Caller, ContentKey, FileRecord, FileState, Stamp, is_hidden
 from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
+from .orphans import Orphans
 from .settle import Settler
 from .sharing import Changed, ReferenceSharing, Settled
 from .store import is_in_another
@@ -41,6 +42,7 @@ class FileIo:
         gate: Gate,
         references: ReferenceSharing,
         settler: Settler,
+        orphans: Orphans,
         *,
         copies_refer: bool,
         noatime: bool,
@@ -49,7 +51,7 @@ class FileIo:
         shares extents by itself). `noatime`: reading leaves access times alone."""
         self._backing, self._index, self._blobs = backing, index, blobs
         self._openfiles, self._gate = openfiles, gate
-        self._references, self._settler = references, settler
+        self._references, self._settler, self._orphans = references, settler, orphans
         self._copies_refer = copies_refer
         self._quiet_flag = os.O_NOATIME if noatime else 0
 
@@ -179,6 +181,7 @@ class FileIo:
             self._settler.enqueue(inode.key.ino, path, stream.digest_of(st.st_size) if stream else None)
 
         self._openfiles.release(handle, settle)
+        self._orphans.let_go(inode.key)
 
     def release_all(self) -> None:
         """Release what the kernel did not: an unmount may overtake the releases of files that were just closed."""
@@ -383,9 +386,10 @@ class FileIo:
                     return 0
                 inode.become_reference(reference, blob_fd)
                 inode.dirty, inode.stream = True, None
-            path = self._backing.path_of(target.own_fd)
-            if path is not None:
-                self._settler.note(Shared(os.fstat(target.own_fd), path, FileState.REFERENCE, content))
+            # Inside the gate nobody renames it: it has the path that the descriptor says.
+            path = self._backing.path_of(target.own_fd) or path
+            st = os.fstat(target.own_fd)
+            self._settler.note(Shared(st, self._backing.link_of(path), path, FileState.REFERENCE, content))
         return size_bytes
 
     def _content_of(self, source: Handle) -> ContentKey | None:
@@ -403,7 +407,8 @@ class FileIo:
             return None
         try:
             with self._openfiles.watch(inode.key) as watch:
-                file = Settled(path, source.own_fd, record.stamp, inode.key, watch)
+                link = self._backing.link_of(path)
+                file = Settled(path, link, source.own_fd, record.stamp, inode.key, watch)
                 self._references.publish(file, record.content, durable=False)
         except (InUse, GivenUp, Changed, OSError) as error:
             log.debug("cannot publish %s for a copy: %s", os.fsdecode(path), error)

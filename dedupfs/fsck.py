@@ -60,7 +60,7 @@ class _Tree:
     references: dict[bytes, Reference] = field(default_factory=dict)
     stats: dict[bytes, os.stat_result] = field(default_factory=dict)
     by_content: dict[ContentKey, list[bytes]] = field(default_factory=dict)
-    elsewhere: set[Ino] = field(default_factory=set)  # inodes below another store
+    elsewhere: set[Ino] = field(default_factory=set)  # inodes below another store, or with a damaged record
     complete: bool = True  # nothing was unreadable
     scanned: bool = True  # the index has seen all of it
 
@@ -132,6 +132,7 @@ def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Fi
             reference = backing.read_reference(path)
         except StoreError as error:
             tree.complete = False
+            tree.elsewhere.add(Ino(st.st_ino))
             yield Finding("reference-record", path, str(error))
             continue
         except OSError as error:
@@ -199,9 +200,15 @@ def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding
             yield Finding("unreferenced-blob", path, "no reference names it", repair)
         elif stat.S_IMODE(st.st_mode) != SEALED_MODE or (backing.privileged and st.st_uid):
             yield Finding("sealed", path, "is not sealed", partial(blobs.seal, content))
+    known = {Blobs.path(content) for content, _ in blobs.list()}
     for directory in backing.scandir(BLOBS):
+        path = BLOBS + b"/" + os.fsencode(directory.name)
         if not directory.is_dir(follow_symlinks=False):
-            yield Finding("blob-names", BLOBS + b"/" + os.fsencode(directory.name), "is no blob")
+            yield Finding("blob-names", path, "is no blob")
+            continue
+        for entry in backing.scandir(path):
+            if path + b"/" + os.fsencode(entry.name) not in known:
+                yield Finding("blob-names", path + b"/" + os.fsencode(entry.name), "is no blob")
 
 
 def check_index(index: Index, tree: _Tree, backing: Backing, *, was_clean: bool) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable
@@ -120,6 +121,21 @@ def _fill(target: Any, attributes: Attributes) -> None:
         field.tv_sec, field.tv_nsec = divmod(ns, 10**9)
 
 
+# What libfuse calls an open file that is being unlinked (hidden_name in its fuse.c): node number and a counter.
+_HIDDEN_NAME = re.compile(rb"\.fuse_hidden[0-9a-f]{16}")
+
+
+def _request() -> int:
+    """The number of the request that this thread serves, as the kernel counts them.
+
+    libfuse keeps it where its public context ends: struct fuse_context_i {struct fuse_context ctx; fuse_req_t req;},
+    struct fuse_req {struct fuse_session *se; uint64_t unique; ...}, in all versions that `serve` accepts.
+    """
+    context = ctypes.cast(_libfuse.fuse_get_context(), ctypes.c_void_p).value or 0
+    request = ctypes.c_void_p.from_address(context + ctypes.sizeof(fuse.fuse_context)).value
+    return ctypes.c_uint64.from_address(request + 8).value if request else 0
+
+
 class _OtherNames:
     """The names of hard-linked files that the kernel may have cached attributes under."""
 
@@ -179,6 +195,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._fuse: int | None = None
         self._names = _OtherNames()
         self._handles: dict[int, Handle] = {}
+        self._probed: dict[bytes, int] = {}  # names in libfuse's manner that were asked for, and by which request
         words: dict[str, object] = {
             "max_threads": _THREADS,
             "max_idle_threads": _IDLE_THREADS,
@@ -254,6 +271,9 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             return -errno.ESTALE
         else:
             relative = _relative(path)
+            name = relative.rpartition(b"/")[2]
+            if _HIDDEN_NAME.fullmatch(name):
+                self._probed[name] = _request()
             found = self._vfs.getattr(relative)
             if found.nlink > 1 and not stat.S_ISDIR(found.st.st_mode):
                 self._names.seen(found.st, relative)
@@ -291,6 +311,12 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def rename_fuse_3(self, path: bytes, new: bytes, flags: int) -> None:
         old, relative = _relative(path), _relative(new)
+        name = relative.rpartition(b"/")[2]
+        if self._probed and self._probed.pop(name, None) == _request():
+            # Within one request libfuse asked whether the name is free, and now moves a file there: an app that renames
+            # a file to such a name asks and renames in two.
+            self._invalidate_others(self._vfs.hide(old, name), old)
+            return
         st, replaced = self._vfs.rename(old, relative, flags)
         if flags & RENAME_EXCHANGE and replaced is not None:
             self._names.exchanged(st, replaced, old, relative)
@@ -387,7 +413,10 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def _enter(self, fi: Any, handle: Handle) -> None:
         # The pages that the kernel has are right, unless another name of the inode was written through.
-        fi.keep_cache = int(os.fstat(handle.own_fd).st_nlink == 1)
+        alone = os.fstat(handle.own_fd).st_nlink == 1
+        fi.keep_cache = int(alone)
+        # Appending through several names, each of which has pages and a length of its own for the kernel: in one piece.
+        fi.direct_io = int(handle.appends and not alone)
         fi.fh = id(handle)
         self._handles[id(handle)] = handle
 

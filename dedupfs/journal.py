@@ -9,6 +9,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .backing import Backing
@@ -59,6 +60,7 @@ class Shared:
     """
 
     st: os.stat_result
+    link: Link
     path: bytes
     state: FileState
     content: ContentKey
@@ -141,18 +143,29 @@ class Recording:
             case Found(ino, path):
                 self._add_name(batch, ino, path)
             case Restored(st, path, content):
-                self.put(batch, path, st, FileState.PLAIN, content)
-            case Shared(st, path, state, content, replaced):
-                self.put(batch, path, st, state, content)
+                batch.put_file(Ino(st.st_ino), FileRecord(Stamp.of(st), FileState.PLAIN, content))
+            case Shared(st, link, path, state, content, replaced):
+                self.put(batch, link, path, st, state, content)
                 if replaced is not None:
                     batch.forget_file(replaced)
                     self._on_replaced(path)
 
-    def put(self, batch: Batch, path: bytes, st: os.stat_result, state: FileState, content: ContentKey) -> None:
-        """Record a settled file. The record comes first: a reference must be counted even if its path has moved on."""
+    def put(
+        self,
+        batch: Batch,
+        link: Link,
+        path: bytes,
+        st: os.stat_result,
+        state: FileState,
+        content: ContentKey,
+    ) -> None:
+        """Record a settled file, which was `link` when it was at `path`: a directory above may have been renamed since,
+        which changes the path and not the link."""
         ino = Ino(st.st_ino)
         batch.put_file(ino, FileRecord(Stamp.of(st), state, content))
-        self._add_name(batch, ino, path)
+        batch.put_link(ino, link)
+        with suppress(OSError):
+            self.learn_directory(batch, path.rpartition(b"/")[0])
 
     def _add_name(self, batch: Batch, ino: Ino, path: bytes) -> None:
         directory, _, name = path.rpartition(b"/")

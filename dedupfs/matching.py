@@ -69,7 +69,10 @@ class Matcher:
                 st = os.fstat(fd)
                 if Key.of(st) != key:
                     raise Changed("replaced")
-                file = Settled(path, fd, Stamp.of(st), key, watch)
+                link = self._backing.link_of(path)
+                if self._backing.lstat(path).st_ino != ino:
+                    raise Changed("renamed")  # or a directory above it was, and the link is not its own
+                file = Settled(path, link, fd, Stamp.of(st), key, watch)
                 if is_in_another(self._backing, path):
                     self._count_foreign_reference(batch, file, st)
                     return
@@ -84,7 +87,7 @@ class Matcher:
         made there needs its blob."""
         reference = self._backing.fread_reference(file.fd)
         if reference is not None and self._blobs.usable(reference.content):
-            self._recording.put(batch, file.path, st, FileState.REFERENCE, reference.content)
+            self._recording.put(batch, file.link, file.path, st, FileState.REFERENCE, reference.content)
 
     def _record_reference(self, batch: Batch, file: Settled, st: os.stat_result) -> bool:
         """Whether the file is a reference, which then is recorded, and mended where a crash left it half-way."""
@@ -107,7 +110,7 @@ class Matcher:
         if reference.materialising and self._blobs.usable(reference.content):
             self._references.undo_copy(file.path, reference)
             st = os.fstat(file.fd)
-        self._recording.put(batch, file.path, st, FileState.REFERENCE, reference.content)
+        self._recording.put(batch, file.link, file.path, st, FileState.REFERENCE, reference.content)
         return True
 
     def _digest(self, batch: Batch, file: Settled, digest: Digest | None) -> Digest:
@@ -133,14 +136,14 @@ class Matcher:
                 if shareable and self._try_sharing(batch, file, content, others):
                     return
                 if self._equals_known(batch, file, content, others):
-                    self._recording.put(batch, file.path, st, FileState.PLAIN, content)
+                    self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
                     return
         taken = set(batch.numbers(digest))
         if (known := batch.file(file.key.ino)) is not None and batch.holders(known.content) == [file.key.ino]:
             taken.discard(known.content.collision if known.content.digest == digest else -1)
         free = (ContentKey(digest, number) for number in itertools.count() if number not in taken)
         content = next(content for content in free if self._blobs.stat(content) is None)
-        self._recording.put(batch, file.path, st, FileState.PLAIN, content)
+        self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
 
     def _known_contents(self, batch: Batch, digest: Digest) -> list[ContentKey]:
         """Every content with this digest that somebody holds, or that has a blob."""
@@ -288,5 +291,5 @@ class Matcher:
             st = os.fstat(fd)
             if st.st_ino == ino and Stamp.of(st) == record.stamp:
                 self._backing.take_read_lease(fd)
-                return Settled(path, fd, record.stamp, Key.of(st), watch)
+                return Settled(path, self._backing.link_of(path), fd, record.stamp, Key.of(st), watch)
         return None

@@ -204,11 +204,13 @@ class OpenFiles:
                 if self._inodes.get(inode.key) is inode:
                     del self._inodes[inode.key]
                 unused += inode.retired_fds + ([inode.content_fd] if inode.content_fd >= 0 else [])
-            if wanted:
-                settle()
-            self._condition.notify_all()
-        for fd in unused:
-            os.close(fd)
+            try:
+                if wanted:
+                    settle()
+            finally:
+                self._condition.notify_all()
+                for fd in unused:
+                    os.close(fd)
 
     # -- settling -----------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from .blobs import Blobs
 from .digest import same_bytes
 from .errors import DamagedContent, StoreError
 from .journal import Shared
-from .model import ContentKey, FileState, Reference, Stamp
+from .model import ContentKey, FileState, Ino, Link, Reference, Stamp
 from .openfiles import Gate, InUse, Key, OpenFiles, Watch
 from .store import QUARANTINE, STAGING
 
@@ -48,10 +48,10 @@ class Changed(Exception):
 class Settled:
     """A watched regular file whose digest is known: `fd` is open for reading, `stamp` was true when it was hashed."""
 
-    __slots__ = ("fd", "key", "path", "stamp", "watch")
+    __slots__ = ("fd", "key", "link", "path", "stamp", "watch")
 
-    def __init__(self, path: bytes, fd: int, stamp: Stamp, key: Key, watch: Watch) -> None:
-        self.path, self.fd, self.stamp, self.key, self.watch = path, fd, stamp, key, watch
+    def __init__(self, path: bytes, link: Link, fd: int, stamp: Stamp, key: Key, watch: Watch) -> None:
+        self.path, self.link, self.fd, self.stamp, self.key, self.watch = path, link, fd, stamp, key, watch
 
 
 # Notes in the journal what changed at a path, in the same instant: a reference nobody knows of is not counted.
@@ -85,13 +85,13 @@ class ReflinkSharing:
     def share(self, known: Settled, new: Settled, content: ContentKey) -> bool:
         if not self.share_with_blob(known.fd, new, content):
             return False
-        self._note(Shared(os.fstat(known.fd), known.path, FileState.SHARED, content))
+        self._note(Shared(os.fstat(known.fd), known.link, known.path, FileState.SHARED, content))
         return True
 
     def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey) -> bool:
         if not self._backing.dedupe(blob_fd, new.fd, new.stamp.size_bytes, new.watch.checkpoint):
             return False
-        self._note(Shared(os.fstat(new.fd), new.path, FileState.SHARED, content))
+        self._note(Shared(os.fstat(new.fd), new.link, new.path, FileState.SHARED, content))
         return True
 
 
@@ -243,9 +243,10 @@ class ReferenceSharing:
         """
         directory = os.path.dirname(file.path)
         before = self._backing.lstat(directory)
+        link = Link(Ino(before.st_ino), os.path.basename(file.path))
         self._backing.rename(staged, file.path)
         st = os.fstat(staged_fd)
-        self._note(Shared(st, file.path, FileState.REFERENCE, content, replaced=file.key.ino))
+        self._note(Shared(st, link, file.path, FileState.REFERENCE, content, replaced=file.key.ino))
         with suppress(OSError):  # a wrong time of a directory is not worth undoing anything for
             self._backing.set_mtime(directory, before.st_mtime_ns)
         return st

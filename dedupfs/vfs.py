@@ -7,7 +7,6 @@ by the kernel (default_permissions); what is created belongs to the caller.
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,16 +19,13 @@ from .fileio import FileIo
 from .journal import DirectoryNamed, Named, Touched, Unnamed
 from .model import ROOT, STORE_DIRECTORY, Caller, Ino, Link
 from .openfiles import Gate, Handle, Key, OpenFiles
+from .orphans import Orphans
 from .settle import Settler
-from .store import ORPHANS
 
 OUR_XATTRS = b"user.dedupfs."
 _RESERVED_XATTRS = (OUR_XATTRS, b"trusted.dedupfs.")
 _DEFAULT_ACL = b"system.posix_acl_default"
 _CAPABILITY = b"security.capability"
-
-# What libfuse calls an open file that is being unlinked (hidden_name in its fuse.c): inode and counter.
-_UNLINKED_OPEN = re.compile(rb"\.fuse_hidden[0-9a-f]{16}")
 
 
 class Attributes(NamedTuple):
@@ -57,12 +53,18 @@ class Vfs:
     """Path operations on the mount. Any number of threads; raises OSError and DedupfsError."""
 
     def __init__(
-        self, backing: Backing, openfiles: OpenFiles, gate: Gate, settler: Settler, io: FileIo, answers: Answers
+        self,
+        backing: Backing,
+        openfiles: OpenFiles,
+        gate: Gate,
+        settler: Settler,
+        io: FileIo,
+        answers: Answers,
+        orphans: Orphans,
     ) -> None:
         self._backing, self._openfiles, self._gate = backing, openfiles, gate
-        self._settler, self.io, self._answers = settler, io, answers
+        self._settler, self.io, self._answers, self._orphans = settler, io, answers, orphans
         self.control_path = b""  # where the mount listens for commands; set before it serves
-        self._orphans: set[bytes] = set()
 
     # -- paths --------------------------------------------------------------------------------------------------------
 
@@ -70,22 +72,13 @@ class Vfs:
         """The backing path. Raises ENOENT for the store; an open file that was unlinked is among the orphans."""
         if path.startswith(STORE_DIRECTORY) and path[len(STORE_DIRECTORY) :][:1] in (b"", b"/"):
             raise _errno(errno.ENOENT)
-        if self._orphans:
-            name = path.rpartition(b"/")[2]
-            if name in self._orphans:
-                return ORPHANS + b"/" + name
-        return path
+        return self._orphans.path(path.rpartition(b"/")[2]) or path
 
     def _resolve_new(self, path: bytes) -> bytes:
         """The backing path of a name that is to be made."""
         if path == STORE_DIRECTORY:
             raise _errno(errno.EPERM)
         return self._resolve(path)
-
-    def _link(self, path: bytes) -> Link:
-        directory, _, name = path.rpartition(b"/")
-        parent = self._backing.root_ino if directory == ROOT else Ino(self._backing.lstat(directory).st_ino)
-        return Link(parent, name)
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
@@ -96,18 +89,17 @@ class Vfs:
     def getattr_open(self, handle: Handle) -> Attributes:
         st = os.fstat(handle.own_fd)
         blocks = _full_blocks(st) if handle.inode.reference is not None else st.st_blocks
-        orphan = bool(self._orphans) and (self._backing.path_of(handle.own_fd) or ROOT).startswith(ORPHANS)
-        return Attributes(st, blocks, st.st_nlink - orphan)
+        return Attributes(st, blocks, st.st_nlink)
 
     def _attributes(self, st: os.stat_result, path: bytes) -> Attributes:
         """What to report of an inode: of a reference the blocks of its content, so that nobody takes it for a file of
-        holes; of the root no link from the store; of an unlinked open file no link from the orphans."""
+        holes; of the root no link from the store."""
         blocks, nlink = st.st_blocks, st.st_nlink
         if self._backing.may_be_reference(st):
             with suppress(StoreError):
                 if self._backing.read_reference(path) is not None:
                     blocks = _full_blocks(st)
-        elif (not path and nlink > 2) or path.startswith(ORPHANS):
+        elif not path and nlink > 2:
             nlink -= 1
         return Attributes(st, blocks, nlink)
 
@@ -198,7 +190,7 @@ class Vfs:
             self._backing.mkdir(path, self._mode(path, mode, caller))
             self._give(path, caller)
             st = self._backing.lstat(path)
-            self._settler.note(DirectoryNamed(Ino(st.st_ino), self._link(path)))
+            self._settler.note(DirectoryNamed(Ino(st.st_ino), self._backing.link_of(path)))
 
     def symlink(self, target: bytes, path: bytes, caller: Caller) -> None:
         path = self._resolve_new(path)
@@ -213,7 +205,7 @@ class Vfs:
             self._backing.link(path, new)
             st = self._backing.lstat(new)
             if stat.S_ISREG(st.st_mode):
-                self._settler.note(Named(Ino(st.st_ino), self._link(new), new))
+                self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(new), new))
             return st
 
     # -- opening and resizing -----------------------------------------------------------------------------------------
@@ -231,17 +223,26 @@ class Vfs:
 
     def unlink(self, path: bytes) -> os.stat_result:
         """Answers the attributes that the inode has then."""
-        name = path.rpartition(b"/")[2]
-        orphan = name in self._orphans
         path = self._resolve(path)
         with self._gate.shared():
-            link = Link(Ino(0), name) if orphan else self._link(path)
+            link = self._backing.link_of(path)
             with self._pinned(path) as fd:
                 self._backing.unlink(path)
-                self._orphans.discard(name)
                 st = os.fstat(fd)
                 self._note_unnamed(st, link)
                 return st
+
+    def hide(self, path: bytes, name: bytes) -> os.stat_result:
+        """Unlink a file that is open: it stays, out of the tree, for as long as it is. Answers its attributes."""
+        path = self._resolve(path)
+        with self._gate.shared():
+            st = self._backing.lstat(path)
+            link = self._backing.link_of(path)
+            self._orphans.take_in(path, name, st)
+            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
+                self._settler.note(Unnamed(Ino(st.st_ino), link, gone=False))
+        self._orphans.let_go(Key.of(st))
+        return st
 
     @contextmanager
     def _pinned(self, path: bytes) -> Iterator[int]:
@@ -267,12 +268,7 @@ class Vfs:
 
     def rename(self, path: bytes, new: bytes, flags: int) -> tuple[os.stat_result, os.stat_result | None]:
         """Answers the attributes of what was moved, and of what it replaced or was exchanged with."""
-        name = new.rpartition(b"/")[2]
         path = self._resolve(path)
-        if not flags and _UNLINKED_OPEN.fullmatch(name):
-            st = self._backing.lstat(path)
-            if self._openfiles.get(Key.of(st)) is not None:
-                return self._hide(path, name, st), None
         new = self._resolve_new(new)
         with self._gate.shared(), ExitStack() as stack:
             st = self._backing.lstat(path)
@@ -280,7 +276,7 @@ class Vfs:
             with suppress(FileNotFoundError, NotADirectoryError):
                 pinned = stack.enter_context(self._pinned(new))
                 replaced = os.fstat(pinned)
-            old_link, new_link = self._link(path), self._link(new)
+            old_link, new_link = self._backing.link_of(path), self._backing.link_of(new)
             self._backing.rename(path, new, flags)
             if replaced is not None and Key.of(replaced) == Key.of(st):
                 return st, None  # two names of one inode: rename(2) leaves both
@@ -305,15 +301,6 @@ class Vfs:
         elif stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
             self._settler.note(Unnamed(ino, old, gone=False))
             self._settler.note(Named(ino, new, path))
-
-    def _hide(self, path: bytes, name: bytes, st: os.stat_result) -> os.stat_result:
-        """libfuse's way to unlink a file that is open: it stays, out of the tree, until libfuse unlinks it there."""
-        with self._gate.shared():
-            link = self._link(path)
-            self._backing.rename(path, ORPHANS + b"/" + name)
-            self._orphans.add(name)
-            self._settler.note(Unnamed(Ino(st.st_ino), link, gone=False))
-        return st
 
     # -- attributes ---------------------------------------------------------------------------------------------------
 

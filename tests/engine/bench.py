@@ -1,8 +1,8 @@
 """One source and its engine, without FUSE: what apps do as methods, and the checks that every test owes its store.
 
 Everything runs in the test's own thread unless a test starts the engine's threads, so that the order of things is the
-test's to choose. `Tampered` is a backing whose system calls a test can watch, hold up, or make fail; `Killed` stands for
-SIGKILL at one of them.
+test's to choose. `Tampered` is a backing whose system calls a test can watch, hold up, or make fail; `Killed` stands
+for SIGKILL at one of them.
 """
 
 import logging
@@ -108,10 +108,13 @@ class Mortal(Tampered):
     Only the calls that change something count: between two of them nothing on disk tells when the kill came.
     """
 
-    CHANGES = frozenset(
-        "mkdir mknod symlink unlink rmdir link rename chmod chown utime set_mtime utimensat futimens setxattr removexattr "
-        "fset_reference fremove_reference ftruncate fallocate copy_range clone dedupe fset_immutable".split()
-    )
+    # fmt: off
+    CHANGES = frozenset((
+        "mkdir", "mknod", "symlink", "unlink", "rmdir", "link", "rename", "chmod", "chown", "utime", "set_mtime",
+        "utimensat", "futimens", "setxattr", "removexattr", "fset_reference", "fremove_reference", "ftruncate", "punch",
+        "fallocate", "copy_range", "clone", "dedupe", "fset_immutable",
+    ))
+    # fmt: on
 
     def __init__(self, source: str | Path, death: int) -> None:
         self.armed = False
@@ -360,7 +363,7 @@ class Bench:
     def blob_of(self, path: str) -> ContentKey:
         fd = os.open(self.below(path), os.O_RDONLY)
         try:
-            backing = Backing(self.source)
+            backing = Backing(str(self.source))
             try:
                 reference = backing.fread_reference(fd)
             finally:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from dedupfs.backing import Backing
-from dedupfs.codec import encode_reference
+from dedupfs.codec import decode_reference, encode_reference
 from dedupfs.errors import Busy
-from dedupfs.fsck import Report
+from dedupfs.fsck import Report, fsck
 from dedupfs.index import Index
-from dedupfs.model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Stamp
+from dedupfs.model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Reference, Stamp
+from dedupfs.store import Store
 
-from .bench import BLOCK, Bench, content
+from .bench import BLOCK, Bench, content, silent
 from .test_damage import DATA, unprotect
 
 Break = Callable[[Bench], None]
@@ -59,9 +60,7 @@ def test_what_is_pending_is_no_finding(store: Bench) -> None:
 def test_a_store_in_use_is_refused(store: Bench) -> None:
     store.open()
     with pytest.raises(Busy):
-        from dedupfs.fsck import fsck
-
-        fsck(str(store.source), repair=False, progress=lambda phase, done, total: None)
+        fsck(str(store.source), repair=False, progress=silent)
     store.close()
 
 
@@ -69,15 +68,12 @@ def test_a_store_in_use_is_refused(store: Bench) -> None:
 
 
 def edit_index(bench: Bench, change: Callable[[Index, Ino], None], path: str = "one") -> None:
-    backing = Backing(bench.source)
-    import json
-
-    uuid = json.loads((bench.source / ".dedupfs/format").read_text())["uuid"]
-    try:
-        with Index(str(bench.source / ".dedupfs/index"), uuid) as index:
+    backing = Backing(str(bench.source))
+    with Store(backing) as store:
+        with Index(str(bench.source / ".dedupfs/index"), store.identity) as index:
             change(index, Ino(bench.below(path).stat().st_ino))
-    finally:
-        backing.close()
+        store.mark_clean()
+    backing.close()
 
 
 def edit_record(bench: Bench, change: Callable[[FileRecord], FileRecord], path: str = "one") -> None:
@@ -119,17 +115,9 @@ def miscount(index: Index, ino: Ino) -> None:
 
 
 def mark(bench: Bench, path: str, **changes: object) -> None:
-    reference = _reference(bench, path)
+    reference = decode_reference(os.getxattr(bench.below(path), bench.reference_xattr))
     record = encode_reference(replace(reference, **changes))  # type: ignore[arg-type]
     os.setxattr(bench.below(path), bench.reference_xattr, record)
-
-
-def _reference(bench: Bench, path: str):  # type: ignore[no-untyped-def]
-    backing = Backing(bench.source)
-    try:
-        return backing.read_reference(os.fsencode(path))
-    finally:
-        backing.close()
 
 
 def half_materialised(bench: Bench) -> None:
@@ -210,7 +198,6 @@ def leftover_in_orphans(bench: Bench) -> None:
 
 def killed_in_publish(bench: Bench) -> None:
     """The blob has its name, the path is not replaced yet."""
-    backing = Backing(bench.source)
     plain = bench.below("plain")
     bench.below("d/linked").unlink()
     key = ContentKey(Digest(b"\xcd" * 16))
@@ -218,12 +205,9 @@ def killed_in_publish(bench: Bench) -> None:
     os.link(plain, bench.source / ".dedupfs/blobs/cd" / key.name)
     staged = bench.source / f".dedupfs/staging/publish.{plain.stat().st_ino}.1.0"
     staged.write_bytes(b"")
-    from dedupfs.model import Reference
-
     record = encode_reference(Reference(key, plain.stat().st_size))
     os.setxattr(staged, bench.reference_xattr, record)
     os.truncate(staged, plain.stat().st_size)
-    backing.close()
     (bench.source / ".dedupfs/clean").unlink()
 
 
@@ -299,9 +283,7 @@ NAMES[-4:] = ["record forgotten", "name forgotten", "record invented", "counter 
 
 
 @pytest.mark.parametrize(("breaking", "expected", "can_repair"), BROKEN, ids=NAMES)
-def test_broken_on_purpose(
-    store: Bench, breaking: Break, expected: set[tuple[str, bytes]], can_repair: bool
-) -> None:
+def test_broken_on_purpose(store: Bench, breaking: Break, expected: set[tuple[str, bytes]], can_repair: bool) -> None:
     if breaking is unsealed_owner and os.geteuid() != 0:
         pytest.skip("needs root")
     breaking(store)
@@ -328,10 +310,11 @@ def test_broken_on_purpose(
 
 
 def _nothing_lost(store: Bench, breaking: Break) -> None:
-    unread = {
-        foreign_write: {"one"}, resized: {"one"}, damaged_record: {"one"}, record_of_a_newer_version: {"one"},
-        missing_blob: {"one", "d/two", "three"}, short_blob: {"one", "d/two", "three"},
-    }.get(breaking, set())  # fmt: skip
+    unread: set[str] = set()
+    if breaking in (foreign_write, resized, damaged_record, record_of_a_newer_version):
+        unread = {"one"}
+    elif breaking in (missing_blob, short_blob):
+        unread = {"one", "d/two", "three"}
     expected = {"one": DATA, "d/two": DATA, "three": DATA, "plain": content("plain"), "empty": b""}
     if breaking is half_truncated:
         expected["one"] = b""
@@ -397,7 +380,7 @@ def test_a_plain_file_takes_the_place_of_a_missing_blob(store: Bench, damage: Br
     store.settle()
     assert store.state("good") in ("plain", "reference")
     if store.state("good") == "reference":
-        store.engine.restore([b"good"], lambda phase, done, total: None)
+        store.engine.restore([b"good"], silent)
         store.settle()
     store.close()
     damage(store)
@@ -419,7 +402,7 @@ def test_an_unreadable_directory_removes_nothing(store: Bench, monkeypatch: pyte
     store.close()
     scandir = Backing.scandir
 
-    def failing(self: Backing, path: bytes):  # type: ignore[no-untyped-def]
+    def failing(self: Backing, path: bytes) -> Iterator[os.DirEntry[str]]:
         if path == b"d":
             raise OSError(5, "Input/output error")
         return scandir(self, path)

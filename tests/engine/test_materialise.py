@@ -8,7 +8,7 @@ import pytest
 
 from dedupfs.backing import Backing
 
-from .bench import BLOCK, ME, Bench, Mortal, Killed, Tampered, content
+from .bench import BLOCK, ME, Bench, Killed, Mortal, Tampered, content
 
 DATA = content("same", 5 * BLOCK + 17)
 
@@ -82,7 +82,7 @@ def test_truncating_needs_no_copy(shared: Bench) -> None:
             calls.append(("copy_range", length))
             Backing.copy_range(source, target, length)
 
-    shared.reopen(backing=Counting(shared.source))
+    shared.reopen(backing=Counting(str(shared.source)))
     with shared.opened("one", os.O_WRONLY | os.O_TRUNC):
         pass
     assert calls == []
@@ -144,11 +144,11 @@ def test_lazily_after_a_copy(shared: Bench) -> None:
 
 
 def test_a_copy_is_a_reference(shared: Bench) -> None:
-    blocks = shared.engine.vfs.statfs().f_bfree
+    blocks = shared.engine.vfs.statfs(b"").f_bfree
     assert shared.copy("one", "copy") == len(DATA)
     assert shared.is_reference("copy")
     assert shared.read("copy") == DATA
-    assert blocks - shared.engine.vfs.statfs().f_bfree <= 8
+    assert blocks - shared.engine.vfs.statfs(b"").f_bfree <= 8
     shared.unlink("copy")
 
 
@@ -299,14 +299,15 @@ ACTIONS = {
 @pytest.mark.parametrize("action", ACTIONS)
 def test_killed_at_every_step(bench: Bench, action: str) -> None:
     """Killed at each system call in turn, then found as before the action, or as after it, and never otherwise."""
-    after = {
+    possible: dict[str, list[bytes | None]] = {
         "write": [b"CHANGED" + DATA[7:]],
         "overwrite": [b"CHANGED", b""],
         "truncate": [DATA[: 2 * BLOCK + 5]],
         "empty": [b""],
         "extend": [DATA.ljust(9 * BLOCK, b"\0")],
         "unlink": [None],
-    }.get(action, [DATA])
+    }
+    after = possible.get(action, [DATA])
     for name in ("one", "two", "three"):
         bench.write(name, DATA)
     bench.settle()

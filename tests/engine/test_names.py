@@ -1,8 +1,7 @@
-"""Names change at any time: while a file is pending, while it is looked at, and while its inode number is used again."""
+"""Names change at any time: while a file is pending, while it is looked at, while its inode number is used again."""
 
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,13 +15,13 @@ DATA = content("same", 3 * BLOCK + 3)
 
 
 @pytest.fixture
-def known(bench: Bench) -> Iterator[Bench]:
+def known(bench: Bench) -> Bench:
     """A store that knows one file; a pending one of the same content is to find it, wherever it is by then."""
     bench.write("known", DATA)
     bench.mkdir("d")
     bench.mkdir("d/e")
     bench.settle()
-    yield bench
+    return bench
 
 
 def test_renamed_while_pending(known: Bench) -> None:
@@ -203,7 +202,7 @@ def test_renamed_between_release_and_queue(known: Bench) -> None:
                 meeting.wait()
             return path
 
-    known.reopen(backing=Slow(known.source))
+    known.reopen(backing=Slow(str(known.source)))
     handle = known.create_file("tmp")
     known.write_to(handle, DATA)
     with in_thread(lambda: known.close_file(handle)):

@@ -251,7 +251,7 @@ def test_a_writer_does_not_wait_for_a_comparison(bench: Bench, who: str) -> None
                 openfiles._watches[of] = made = held
             yield made
 
-    openfiles.watch = watch_held  # type: ignore[method-assign]
+    openfiles.watch = watch_held  # type: ignore[assignment, method-assign]
     with in_thread(bench.settle):
         held.meeting.reached()
         with in_thread(lambda: bench.write_at(who, b"CHANGED", 5)) as writer:

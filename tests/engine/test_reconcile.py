@@ -1,4 +1,4 @@
-"""What was done behind dedupfs's back, or lost with the daemon, is found by a walk; and a walk is never believed too soon."""
+"""What was done behind our back, or lost with the daemon, is found by a walk; and no walk is believed too soon."""
 
 import os
 import shutil
@@ -153,8 +153,8 @@ def test_moved_between_two_looks(bench: Bench) -> None:
     order: list[bytes] = []
 
     def before(name: str, arguments: tuple[object, ...]) -> None:
-        if name == "scandir" and arguments[0] in (b"a", b"z"):
-            order.append(bytes(arguments[0]))  # type: ignore[arg-type]
+        if name == "scandir" and isinstance(arguments[0], bytes) and arguments[0] in (b"a", b"z"):
+            order.append(arguments[0])
             if len(order) == 2:
                 os.rename(bench.below(os.fsdecode(order[1]) + "/file"), bench.below(os.fsdecode(order[0]) + "/moved"))
 
@@ -190,7 +190,7 @@ def test_after_an_unclean_stop(bench: Bench) -> None:
 
 
 def test_an_unclean_store_stays_unclean_until_it_was_walked(bench: Bench) -> None:
-    """However often it is opened and closed, read-only or stopped early: a reference that nobody counted keeps its blob."""
+    """However often it is opened and closed, read-only or stopped early: what nobody has counted keeps its blob."""
     for name in ("one", "two"):
         bench.write(name, DATA)
     bench.settle()
@@ -305,7 +305,7 @@ def test_moved_by_an_app_after_the_walk(uncounted: Bench) -> None:
     bench.open()
     reconciler = bench.engine._reconciler
     drop = reconciler._drop_records_of_missing_files
-    moved = []
+    moved: list[bool] = []
 
     def moving(stopping: Callable[[], bool]) -> None:
         drop(stopping)
@@ -345,7 +345,7 @@ def test_a_directory_that_cannot_be_listed(uncounted: Bench) -> None:
 def test_a_file_that_cannot_be_looked_at(uncounted: Bench, call: str) -> None:
     bench = uncounted
     backing = Tampered(bench.source)
-    failed = []
+    failed: list[str] = []
 
     def before(name: str, arguments: tuple[object, ...]) -> None:
         if name == call and not failed and (call != "open_quietly" or arguments[0] == b"c/below/file"):

@@ -1,7 +1,6 @@
 """The way out: references become plain files again, verified, and stay so."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ OTHER = content("other", 4 * BLOCK)
 
 
 @pytest.fixture
-def shared(bench: Bench) -> Iterator[Bench]:
+def shared(bench: Bench) -> Bench:
     for directory in ("a", "a/deep", "b"):
         bench.mkdir(directory)
     for name in ("one", "a/two", "a/deep/three", "b/four"):
@@ -25,7 +24,7 @@ def shared(bench: Bench) -> Iterator[Bench]:
         bench.write(name, OTHER)
     bench.settle()
     assert len(bench.blobs()) == 2
-    yield bench
+    return bench
 
 
 def restore(bench: Bench, *paths: str) -> dict[str, Any]:
@@ -34,9 +33,7 @@ def restore(bench: Bench, *paths: str) -> dict[str, Any]:
 
 def plain(bench: Bench) -> list[str]:
     return sorted(
-        name
-        for name in ("one", "a/two", "a/deep/three", "b/four", "b/five", "a/six")
-        if not bench.is_reference(name)
+        name for name in ("one", "a/two", "a/deep/three", "b/four", "b/five", "a/six") if not bench.is_reference(name)
     )
 
 

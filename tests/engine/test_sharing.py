@@ -135,9 +135,7 @@ def test_what_is_the_files_own_stays(bench: Bench) -> None:
 
 def _attributes(path: Path) -> object:
     st = path.stat()
-    xattrs = {
-        name: os.getxattr(path, name) for name in os.listxattr(path) if not name.endswith(".dedupfs.ref")
-    }
+    xattrs = {name: os.getxattr(path, name) for name in os.listxattr(path) if not name.endswith(".dedupfs.ref")}
     return stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid, st.st_size, st.st_atime_ns, st.st_mtime_ns, xattrs
 
 

@@ -33,6 +33,7 @@ LAYERS = [
     "settle",
     "asking",
     "duplicates",
+    "orphans",
     "fileio",
     "vfs",
     "reconcile",

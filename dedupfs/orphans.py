@@ -1,0 +1,60 @@
+"""Files that were unlinked while an app had them open: `.dedupfs/orphans/`, until the last handle goes.
+
+libfuse does not unlink an open file: it renames it to a name of its own making and unlinks that after the release. We
+move it here instead, so that the tree does not show it. And we remove it ourselves with its last handle: libfuse cannot
+name it any more when its directory went as well, and when the unlink comes between our release and libfuse's count of
+it, nobody would. What libfuse still asks about such a name then is answered as for a file that is gone.
+"""
+
+import os
+import threading
+from contextlib import suppress
+
+from .backing import Backing
+from .journal import Unnamed
+from .model import Ino, Link
+from .openfiles import Key, OpenFiles
+from .settle import Settler
+from .store import ORPHANS
+
+
+class Orphans:
+    """By the name libfuse gave them, which is unique in a mount. Any thread."""
+
+    def __init__(self, backing: Backing, openfiles: OpenFiles, settler: Settler) -> None:
+        self._backing, self._openfiles, self._settler = backing, openfiles, settler
+        self._lock = threading.Lock()
+        self._keys: dict[bytes, Key] = {}
+
+    def sweep(self) -> None:
+        """Remove what a crash left: nobody has it open any more. Only before anything is served."""
+        for entry in list(self._backing.scandir(ORPHANS)):
+            self._backing.unlink(ORPHANS + b"/" + os.fsencode(entry.name))
+
+    def path(self, name: bytes) -> bytes | None:
+        """Where the orphan of this name is, None when there is none."""
+        return ORPHANS + b"/" + name if name in self._keys else None
+
+    def take_in(self, path: bytes, name: bytes, st: os.stat_result) -> None:
+        """Move an unlinked file here. The caller is inside the gate."""
+        self._backing.rename(path, ORPHANS + b"/" + name)
+        self._keys[name] = Key.of(st)
+
+    def let_go(self, key: Key) -> None:
+        """Remove the orphans with this inode, unless it is open. Called after every release that may have been the
+        last, and after `take_in`: whichever of the two comes second finds the other done."""
+        if not self._keys or self._openfiles.get(key) is not None:
+            return
+        with self._lock:
+            names = [name for name, of in self._keys.items() if of == key]
+            for name in names:
+                path = ORPHANS + b"/" + name
+                with suppress(FileNotFoundError):
+                    fd = self._backing.open(path, os.O_PATH)
+                    try:
+                        self._backing.unlink(path)
+                        gone = os.fstat(fd).st_nlink == 0
+                        self._settler.note(Unnamed(Ino(key.ino), Link(Ino(0), name), gone=gone))
+                    finally:
+                        os.close(fd)
+                del self._keys[name]
