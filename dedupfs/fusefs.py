@@ -143,6 +143,9 @@ class _OtherNames:
         self._lock = threading.Lock()
         self._names: dict[Key, set[bytes]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
     def seen(self, st: os.stat_result, path: bytes) -> None:
         with self._lock:
             self._names.setdefault(Key.of(st), set()).add(path)
@@ -436,7 +439,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             self._changed(path, handle)
 
     def release(self, path: bytes | None, fip: Any) -> None:
-        self._io.release(self._handles.pop(fip.contents.fh))
+        handle = self._handles.pop(fip.contents.fh)
+        others = self._names.of(os.fstat(handle.own_fd), None) if self._names else []
+        self._io.release(handle)
+        for name in others:  # one link less, if it was the last handle of a name that had been unlinked
+            self.invalidate(name)
 
     def fsync(self, path: bytes | None, data_only: int, fip: Any) -> None:
         self._io.fsync(self._handles[fip.contents.fh], data_only=bool(data_only))

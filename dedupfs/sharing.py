@@ -16,7 +16,7 @@ replaced. The renames happen inside the exclusive gate, after a last look that F
 Where the filesystem does not keep metadata in order, every reference and directory is flushed before it is relied on.
 
 Materialising copies the blob into the reference's own inode, marked `materialising` meanwhile; a crash leaves the mark,
-and `recover` empties the inode again: until the mark is gone the blob is the truth. A blob is never modified.
+and `undo_copy` empties the inode again: until the mark is gone the blob is the truth. A blob is never modified.
 """
 
 import errno

@@ -18,7 +18,7 @@ class Stage:
         self, crasher: Crasher, directory: Path, scenario: str, strategy: str, *, user: int | None, ordered: bool
     ) -> None:
         self._crasher, self._directory, self._user = crasher, directory, user
-        self._arguments = {"scenario": scenario, "options": f"share={strategy}", "ordered": ordered}
+        self._arguments: dict[str, Any] = {"scenario": scenario, "options": f"share={strategy}", "ordered": ordered}
         self._numbers = itertools.count()
         self._place = directory
 
@@ -27,7 +27,7 @@ class Stage:
         return self._crasher.run(job, user=self._user, **self._arguments, **where, **more)
 
     def play(self, *, kill: str | None = None, fail: str | None = None) -> Outcome:
-        """Play in a new directory. Comes to an end, or is killed, as was asked for; the rest is the caller's to judge."""
+        """Play in a new directory, and be killed where that was asked for; the rest is the caller's to judge."""
         self._place = self._directory / str(next(self._numbers))
         for path in (self._place, self._place / "source"):
             path.mkdir()

@@ -6,8 +6,8 @@ As a script it is one of several writers that load a mount. It waits for orders 
 
 to work in MOUNTPOINT/<its own directory> until the mount dies or the next line comes, noting everything in a new
 ledger. The files named may not show their last time yet. It answers {"ready": how many files there are}, and in the
-end {"calls": how many it made}, or {"error": what went wrong}. Everything is done relative to a descriptor of its directory, so that nothing ever lands
-below a mount point that is gone.
+end {"calls": how many it made}, or {"error": what went wrong}. Everything is done relative to a descriptor of its
+directory, so that nothing ever lands below a mount point that is gone.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import pytest
 
 from dedupfs.backing import Backing
 from dedupfs.index import Batch, Index
-from dedupfs.journal import DirectoryNamed, Found, Journal, Named, Recording, Referred, Restored, Touched, Unnamed
+from dedupfs.journal import DirectoryNamed, Entry, Found, Journal, Named, Recording, Restored, Shared, Touched, Unnamed
 from dedupfs.model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Stamp
 
 CONTENT = ContentKey(Digest(b"c" * 16))
@@ -24,8 +24,12 @@ class Bench:
         self.batch: Batch = index.batch()
         self.pending: set[Ino] = set()
         self.offered: list[tuple[Ino, bytes]] = []
+        self.replaced: list[bytes] = []
         self.recording = Recording(
-            self.backing, self.pending.__contains__, lambda ino, path: self.offered.append((ino, path))
+            self.backing,
+            self.pending.__contains__,
+            lambda ino, path: self.offered.append((ino, path)),
+            self.replaced.append,
         )
 
     def make(self, path: str, data: bytes = b"data") -> Ino:
@@ -36,7 +40,7 @@ class Bench:
 
     def settle(self, path: str, state: FileState = FileState.PLAIN, content: ContentKey = CONTENT) -> Ino:
         st = (self.source / path).stat()
-        self.recording.put(self.batch, os.fsencode(path), st, state, content)
+        self.recording.put(self.batch, self.link(path), os.fsencode(path), st, state, content)
         return Ino(st.st_ino)
 
     def link(self, path: str) -> Link:
@@ -78,15 +82,15 @@ def test_a_settled_file_is_recorded_with_its_directories(bench: Bench) -> None:
     assert bench.paths(ino) == [b"a/b/file"]
 
 
-def test_a_settled_file_that_moved_on_is_recorded_without_a_name(bench: Bench) -> None:
-    ino = bench.make("file")
-    st = (bench.source / "file").stat()
-    os.rename(bench.source / "file", bench.source / "moved")
-    bench.recording.put(bench.batch, b"file", st, FileState.REFERENCE, CONTENT)
-    assert bench.batch.file(ino) is not None
-    assert bench.paths(ino) == []
-    bench.recording.apply(bench.batch, Named(ino, bench.link("moved"), b"moved"))
-    assert bench.paths(ino) == [b"moved"]
+def test_a_settled_file_whose_directory_moved_on(bench: Bench) -> None:
+    """Its path has changed, its link has not."""
+    ino = bench.make("d/file")
+    bench.settle("d/file")
+    st, link = (bench.source / "d/file").stat(), bench.link("d/file")
+    os.rename(bench.source / "d", bench.source / "e")
+    bench.recording.put(bench.batch, link, b"d/file", st, FileState.REFERENCE, CONTENT)
+    bench.recording.apply(bench.batch, DirectoryNamed(link.parent, bench.link("e")))
+    assert bench.paths(ino) == [b"e/file"]
 
 
 def test_names_come_and_go(bench: Bench) -> None:
@@ -175,18 +179,47 @@ def test_a_file_that_is_gone_is_forgotten(bench: Bench) -> None:
     assert bench.batch.holders(CONTENT) == []
 
 
-def test_a_copy_is_recorded_as_a_reference(bench: Bench) -> None:
+def test_what_came_to_be_shared(bench: Bench) -> None:
+    """It is another inode, in the place of the one that was known."""
     bench.make("file")
     old = bench.settle("file")
-    os.unlink(bench.source / "file")
-    new = bench.make("file2")
-    os.rename(bench.source / "file2", bench.source / "file")
+    new = bench.make("staged")
+    os.rename(bench.source / "staged", bench.source / "file")
     st = (bench.source / "file").stat()
-    bench.recording.apply(bench.batch, Referred(st, b"file", CONTENT, replaced=None if old == new else old))
+    bench.recording.apply(
+        bench.batch, Shared(st, bench.link("file"), b"file", FileState.REFERENCE, CONTENT, replaced=old)
+    )
     record = bench.batch.file(new)
     assert record is not None
     assert (record.state, record.content) == (FileState.REFERENCE, CONTENT)
+    assert bench.batch.file(old) is None
     assert bench.batch.sharers(CONTENT) == [new]
+    assert bench.paths(new) == [b"file"]
+    assert bench.replaced == [b"file"]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_number_that_is_used_again_by_what_came_to_be_shared(bench: Bench, renamed: bool) -> None:
+    """The end of the number's former owner was noted before, and is applied before, whatever was renamed since."""
+    bench.make("d/file")
+    bench.make("victim")
+    old = bench.settle("victim", FileState.REFERENCE, OTHER)
+    gone = Unnamed(old, bench.link("victim"), gone=True)
+    os.unlink(bench.source / "d/file")
+    os.rename(bench.source / "victim", bench.source / "d/file")  # stands for a new inode with that number
+    st, link = (bench.source / "d/file").stat(), bench.link("d/file")
+    entries: list[Entry] = [gone, Shared(st, link, b"d/file", FileState.REFERENCE, CONTENT, replaced=None)]
+    path = b"d/file"
+    if renamed:
+        os.rename(bench.source / "d", bench.source / "e")
+        entries.append(DirectoryNamed(link.parent, bench.link("e")))
+        path = b"e/file"
+    for entry in entries:
+        bench.recording.apply(bench.batch, entry)
+    record = bench.batch.file(old)
+    assert record is not None
+    assert record.content == CONTENT
+    assert bench.paths(old) == [path]
 
 
 def test_a_restored_file_is_plain_and_known(bench: Bench) -> None:
