@@ -53,7 +53,7 @@ class App:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._caller = Caller(os.geteuid(), os.getegid(), os.getpid())
+        self.caller = Caller(os.geteuid(), os.getegid(), os.getpid())
         self.contents: dict[str, bytes] = {}
         self.errors: list[tuple[str, int]] = []  # what failed, and with which errno
 
@@ -70,7 +70,7 @@ class App:
         except FileNotFoundError:
             return None
         xattrs = [
-            (os.fsdecode(name), self._vfs.getxattr(encoded, name, self._caller).hex())
+            (os.fsdecode(name), self._vfs.getxattr(encoded, name, self.caller).hex())
             for name in sorted(self._vfs.listxattr(encoded))
             if name.startswith(b"user.")
         ]
@@ -85,7 +85,7 @@ class App:
     def read(self, path: str) -> bytes:
         try:
             with self._open(path, os.O_RDONLY) as handle:
-                buffer = bytearray(os.fstat(handle.own_fd).st_size + 1)
+                buffer = bytearray(os.fstat(handle.own_fd).st_size)  # the kernel asks for no more
                 length = self._vfs.io.read(handle, memoryview(buffer), 0)
         except DedupfsError as error:
             raise OSError(error.errno, str(error)) from None
@@ -115,9 +115,9 @@ class App:
     def _open(self, path: str, flags: int, *, create: int | None = None) -> Iterator[Handle]:
         encoded = os.fsencode(path)
         if create is not None:
-            handle = self._vfs.create(encoded, flags | os.O_CREAT, create, self._caller)
+            handle = self._vfs.create(encoded, flags | os.O_CREAT, create, self.caller)
         else:
-            handle = self._vfs.open(encoded, flags, self._caller)
+            handle = self._vfs.open(encoded, flags, self.caller)
         try:
             yield handle
             self._vfs.io.flush(handle)
@@ -125,7 +125,7 @@ class App:
             self._vfs.io.release(handle)
 
     def _write(self, handle: Handle, data: bytes, offset: int) -> None:
-        written = self._vfs.io.write(handle, memoryview(data), offset, self._caller, cached=False)
+        written = self._vfs.io.write(handle, memoryview(data), offset, self.caller, cached=False)
         assert written == len(data)
 
     @contextlib.contextmanager
@@ -154,7 +154,7 @@ class App:
         return replace(state, mtime_ns=self._vfs.getattr(os.fsencode(path))[0].st_mtime_ns)
 
     def mkdir(self, path: str) -> None:
-        self._vfs.mkdir(os.fsencode(path), 0o755, self._caller)
+        self._vfs.mkdir(os.fsencode(path), 0o755, self.caller)
 
     def write(
         self,
@@ -215,7 +215,7 @@ class App:
         after = before[:size_bytes].ljust(size_bytes, b"\0")
         state = self.ledger.certain[path]
         with self._call("truncate", [{path: state}, {path: state.with_content(after)}]):
-            self._vfs.truncate(os.fsencode(path), None, size_bytes, self._caller)
+            self._vfs.truncate(os.fsencode(path), None, size_bytes, self.caller)
             self.contents[path] = after
 
     def rewrite(self, path: str, data: bytes) -> None:
@@ -238,10 +238,15 @@ class App:
                 self._open(target, os.O_WRONLY | os.O_EXCL, create=0o640) as writing,
             ):
                 done = 0
-                while count := self._vfs.io.copy_range(reading, done, writing, done, 1 << 30, self._caller):
+                while count := self._vfs.io.copy_range(reading, done, writing, done, 1 << 30, self.caller):
                     done += count
                 assert done == len(data)
             self.contents[target] = data
+
+    def restore(self, engine: Engine) -> None:
+        """No call of an app's: nothing may change for it."""
+        with self._call("restore", [dict(self.ledger.certain)]):
+            engine.restore([], no_progress)
 
     def unlink(self, path: str) -> None:
         with self._call("unlink", [{path: self.ledger.certain[path]}, {path: None}]):
@@ -478,7 +483,7 @@ def _rewrite(run: Run) -> None:
 
 
 def _restore(run: Run) -> None:
-    run.engine.restore([], no_progress)
+    run.app.restore(run.engine)
 
 
 def _unlink_all(run: Run) -> None:
@@ -592,7 +597,7 @@ def play(steps: Steps, scenario: str, source: str, ledger: str, options: str, *,
     if not played.keeps_plain:
         problems += _unshared(run.app, run.engine)
     run.stop()
-    problems += _inspect(Path(source))
+    problems += inspect(Path(source))
     return {"errors": run.app.errors, "problems": problems, "failed": steps.failed}
 
 
@@ -625,7 +630,7 @@ def recover(
             problems += _unshared(app, engine)
         problems += _go_on(app, engine)
     engine.close()
-    return problems + _inspect(Path(source))
+    return problems + inspect(Path(source))
 
 
 def _go_on(app: App, engine: Engine) -> list[str]:
@@ -656,7 +661,7 @@ def _unshared(app: App, engine: Engine) -> list[str]:
     return plain
 
 
-def _inspect(source: Path) -> list[str]:
+def inspect(source: Path) -> list[str]:
     """What is wrong with a store that was stopped."""
     store = source / ".dedupfs"
     problems = [] if (store / "clean").exists() else ["the store is not marked clean"]

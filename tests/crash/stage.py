@@ -3,7 +3,7 @@
 import itertools
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tests.support.crashing import Crasher, Outcome
 
@@ -18,13 +18,12 @@ class Stage:
         self, crasher: Crasher, directory: Path, scenario: str, strategy: str, *, user: int | None, ordered: bool
     ) -> None:
         self._crasher, self._directory, self._user = crasher, directory, user
-        self._arguments: dict[str, Any] = {"scenario": scenario, "options": f"share={strategy}", "ordered": ordered}
+        self._arguments = {"scenario": scenario, "options": f"share={strategy}", "ordered": ordered}
         self._numbers = itertools.count()
         self._place = directory
 
-    def _run(self, job: str, **more: Any) -> Outcome:
-        where = {"source": str(self._place / "source"), "ledger": str(self._place / "ledger")}
-        return self._crasher.run(job, user=self._user, **self._arguments, **where, **more)
+    def _arguments_here(self) -> dict[str, object]:
+        return {**self._arguments, "source": str(self._place / "source"), "ledger": str(self._place / "ledger")}
 
     def play(self, *, kill: str | None = None, fail: str | None = None) -> Outcome:
         """Play in a new directory, and be killed where that was asked for; the rest is the caller's to judge."""
@@ -33,7 +32,7 @@ class Stage:
             path.mkdir()
             if self._user is not None:
                 os.chown(path, self._user, self._user)
-        outcome = self._run(PLAY, kill=kill, fail=fail)
+        outcome = self._crasher.run(PLAY, self._arguments_here(), kill=kill, fail=fail, user=self._user)
         if kill is not None:
             assert outcome.killed, f"was not killed {kill}, having come through {outcome.steps}: {outcome.error}"
         return outcome
@@ -49,7 +48,8 @@ class Stage:
 
     def recover(self, *, kill: str | None = None, repair: bool = False) -> Outcome:
         """Start again what was killed. The result is what is wrong."""
-        return self._run(RECOVER, kill=kill, repair=repair)
+        arguments = {**self._arguments_here(), "repair": repair}
+        return self._crasher.run(RECOVER, arguments, kill=kill, user=self._user)
 
     def problems_after(self, kill: str, *, repair: bool = False) -> list[str]:
         """Play, be killed, start again: what is wrong then."""

@@ -294,6 +294,10 @@ class Bench:
     def unlink(self, path: str) -> None:
         self.engine.vfs.unlink(os.fsencode(path))
 
+    def hide(self, path: str, name: str) -> None:
+        """What becomes of an unlink of an open file: libfuse renames it to this name, in the same directory."""
+        self.engine.vfs.hide(os.fsencode(path), os.fsencode(name))
+
     def rename(self, path: str, new: str, flags: int = 0) -> None:
         self.engine.vfs.rename(os.fsencode(path), os.fsencode(new), flags)
 

@@ -6,10 +6,13 @@ import threading
 import pytest
 
 from dedupfs.backing import RENAME_EXCHANGE, RENAME_NOREPLACE, Backing
-from dedupfs.model import Ino
+from dedupfs.digest import Checkpoint
+from dedupfs.model import ContentKey, Ino
 from dedupfs.openfiles import Key
+from dedupfs.sharing import ReflinkSharing, Settled
 
 from .bench import BLOCK, Bench, Meeting, Tampered, content, in_thread
+from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
 
@@ -102,52 +105,132 @@ def test_unlinked_while_open_and_closed(known: Bench) -> None:
     assert known.status()["files"] == 1
 
 
+HIDDEN = ".fuse_hidden0000000100000001"
+
+
 def test_unlinked_while_open_as_libfuse_does_it(known: Bench) -> None:
-    """It renames to a hidden name, releases, and unlinks that; in between the settler may come by."""
-    hidden = ".fuse_hidden0000000100000001"
+    """It renames to a hidden name, releases, and would unlink that; in between the settler may come by."""
     with known.opened_new("new") as handle:
         known.write_to(handle, DATA)
-        known.rename("new", hidden)
+        known.hide("new", HIDDEN)
         assert known.names() == ["d", "known"]
         assert known.engine.vfs.getattr_open(handle).nlink == 0
+        known.settle()
         assert known.read_from(handle) == DATA
+        with known.opened(HIDDEN) as again:
+            assert known.read_from(again) == DATA
+        assert len(known.inside("orphans")) == 1
+    assert known.inside("orphans") == []
     known.settle()
     assert known.duplicates("known") == []
     assert known.state("known") == "plain"
-    known.unlink(hidden)
-    known.settle()
-    assert known.inside("orphans") == []
     assert known.status()["files"] == 1
 
 
 def test_a_shared_file_unlinked_while_open_as_libfuse_does_it(known: Bench) -> None:
-    hidden = ".fuse_hidden0000000100000001"
     known.write("new", DATA)
     known.settle()
     known.unlink("known")
     with known.opened("new") as handle:
-        known.rename("new", hidden)
+        known.hide("new", HIDDEN)
         known.settle()
         assert known.read_from(handle) == DATA
-        with known.opened(hidden) as again:
-            assert known.read_from(again) == DATA
-    known.unlink(hidden)
     known.settle()
     assert known.blobs() == []
     assert known.status()["files"] == 0
+
+
+def test_hidden_while_it_is_released(known: Bench) -> None:
+    """The last handle goes just when libfuse hides the name: whichever is second removes it."""
+    for _ in range(50):
+        handle = known.create_file("new")
+        known.write_to(handle, DATA)
+        with in_thread(lambda handle=handle: known.close_file(handle)), in_thread(lambda: known.hide("new", HIDDEN)):
+            pass
+        assert known.inside("orphans") == []
+        assert "new" not in known.names()
+    known.settle()
+    assert known.status()["files"] == 1
+
+
+def test_many_hidden_at_once(known: Bench) -> None:
+    def work(label: str) -> None:
+        for number in range(40):
+            name = f"{label} {number}"
+            with known.opened_new(name) as handle:
+                known.write_to(handle, DATA)
+                known.hide(name, f".fuse_hidden{label}{number}")
+
+    with in_thread(lambda: work("a")), in_thread(lambda: work("b")), in_thread(lambda: work("c")):
+        pass
+    assert known.inside("orphans") == []
+    known.settle()
+    assert known.status()["files"] == 1
 
 
 def test_hidden_files_are_gone_after_a_crash(known: Bench) -> None:
     known.write("new", DATA)
     known.settle()
     known.open_file("new")
-    known.rename("new", ".fuse_hidden0000000100000001")
+    known.hide("new", HIDDEN)
     known.unlink("known")
     known.crash()
     known.recover()
     assert known.inside("orphans") == []
     assert known.names() == ["d"]
     assert known.blobs() == []
+
+
+@every_strategy
+@pytest.mark.parametrize("what", ["unlink", "rename", "replace"])
+def test_while_it_is_shared(bench: Bench, what: str) -> None:
+    """The name goes just when the file has come to share its bytes, before anybody has heard of that."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    strategy = bench.engine.sharing
+    share = strategy.share
+    happened: list[bool] = []
+
+    def sharing(known: Settled, new: Settled, content: ContentKey) -> bool:
+        if isinstance(strategy, ReflinkSharing):
+            dedupe = bench.engine.backing.dedupe
+
+            def deduping(source: int, target: int, size_bytes: int, checkpoint: Checkpoint) -> bool:
+                done = dedupe(source, target, size_bytes, checkpoint)
+                change()
+                return done
+
+            bench.engine.backing.dedupe = deduping  # type: ignore[method-assign]
+            try:
+                return share(known, new, content)
+            finally:
+                bench.engine.backing.dedupe = dedupe  # type: ignore[method-assign]
+        answer = share(known, new, content)
+        change()
+        return answer
+
+    def change() -> None:
+        if not happened:
+            happened.append(True)
+            match what:
+                case "unlink":
+                    bench.unlink("new")
+                case "rename":
+                    bench.rename("new", "moved")
+                case "replace":
+                    bench.write("other", content("other"))
+                    bench.rename("other", "new")
+
+    strategy.share = sharing  # type: ignore[method-assign]
+    bench.settle()
+    assert happened
+    strategy.share = share  # type: ignore[method-assign]
+    bench.settle()
+    assert bench.refs("known") == (2 if what == "rename" else 1)
+    assert bench.duplicates("known") == (["moved"] if what == "rename" else [])
+    assert bench.status()["files"] == (1 if what == "unlink" else 2)
+    assert bench.read("known") == DATA
 
 
 class RenamesSlowly(Tampered):
@@ -225,9 +308,7 @@ def test_written_under_a_name_that_goes_while_another_stays(known: Bench, how: s
         if how == "unlinked":
             known.unlink("new")
         else:
-            known.rename("new", ".fuse_hidden0000000100000001")
-    if how == "hidden":
-        known.unlink(".fuse_hidden0000000100000001")
+            known.hide("new", HIDDEN)
     known.settle()
     assert known.read("d/other name") == DATA
     assert known.duplicates("known") == ["d/other name"]

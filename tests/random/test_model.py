@@ -1,8 +1,9 @@
 """Random operations on the mount, and the same on a plain directory of the same filesystem: same answers, same errors,
 same tree, same bytes. In between everything is settled, so that what the operations meet are references.
 
-Contents come from a small pool, so that most files have a duplicate. DEDUPFS_RANDOM=10 runs ten times as long. A
-failure is shrunk by hypothesis to the few steps that matter; DEDUPFS_SEED repeats a run.
+Contents come from a small pool, so that most files have a duplicate. DEDUPFS_RANDOM=10 runs ten times as long,
+DEDUPFS_SEED repeats a run. A failure prints everything that was done in its example; with DEDUPFS_SHRINK=1 hypothesis
+reduces that to the few steps that matter, which takes minutes.
 
 Times are compared as far as they are determined: a time that was set, which is long ago here, is the same on both
 sides until something sets it to now, which must happen on both.
@@ -40,6 +41,7 @@ from tests.support.syscalls import (
 )
 
 LENGTH = float(os.environ.get("DEDUPFS_RANDOM", "1"))
+SHRINK = os.environ.get("DEDUPFS_SHRINK", "") not in ("", "0")
 EXAMPLES = 25
 STEPS = 60
 
@@ -732,7 +734,10 @@ def test_operations_against_a_plain_directory(mounts: Mounts, mounted: Mounted, 
     run_state_machine_as_test(
         hypothesis.seed(rng.getrandbits(64))(Operations),
         settings=hypothesis.settings(
-            max_examples=max(1, round(EXAMPLES * LENGTH)), stateful_step_count=STEPS, database=None
+            max_examples=max(1, round(EXAMPLES * LENGTH)),
+            stateful_step_count=STEPS,
+            database=None,
+            phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if SHRINK else [])],
         ),
     )
     shutil.rmtree(plain)

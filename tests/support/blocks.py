@@ -60,7 +60,7 @@ def share_blocks(*paths: Path) -> bool:
 
 def stored_bytes(directory: Path) -> int:
     """What all files below a directory occupy, blocks that several of them share counted once."""
-    used = set()
+    used: set[int] = set()
     for path in files_below(directory):
         for start, length in extents(path):
             used.update(range(start // 4096, -(-(start + length) // 4096)))

@@ -30,7 +30,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -203,6 +203,7 @@ def _serve_jobs() -> None:
     """Read jobs, a JSON object a line, and answer each; until end of input."""
     for line in sys.stdin:
         job = json.loads(line)
+        importlib.import_module(job["call"].partition(":")[0])  # here once, not in each job
         with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as record, tempfile.TemporaryFile() as answer:
             child = os.fork()
             if child == 0:
@@ -257,9 +258,15 @@ class Crasher:
         )
 
     def run(
-        self, call: str, *, kill: str | None = None, fail: str | None = None, user: int | None = None, **arguments: Any
+        self,
+        call: str,
+        arguments: Mapping[str, object],
+        *,
+        kill: str | None = None,
+        fail: str | None = None,
+        user: int | None = None,
     ) -> Outcome:
-        """Call `MODULE:FUNCTION` with these arguments, as `user` if given."""
+        """Call `MODULE:FUNCTION` with these arguments, as `user` if given. `Kill` and `Fail` parse the orders."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         job = {"call": call, "arguments": arguments, "kill": kill, "fail": fail, "user": user}

@@ -24,6 +24,8 @@ _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
 _libc.futimens.argtypes = [ctypes.c_int, ctypes.c_void_p]
+_libc.getxattr.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
+_libc.getxattr.restype = ctypes.c_ssize_t
 
 
 def _check(result: int) -> None:
@@ -57,3 +59,10 @@ def utimens(path: bytes, atime_ns: int, mtime_ns: int, *, follow_symlinks: bool 
 def futimens(fd: int, atime_ns: int, mtime_ns: int) -> None:
     times = _timespecs(atime_ns, mtime_ns)
     _check(_libc.futimens(fd, ctypes.addressof(times)))
+
+
+def getxattr(path: bytes, name: bytes, address: int, size: int) -> int:
+    """getxattr(2) into a buffer of just this size."""
+    result = int(_libc.getxattr(path, name, address, size))
+    _check(result)
+    return result

@@ -1,0 +1,158 @@
+"""A small disk fills up while files are shared: apps meet ENOSPC where they would without dedupfs, and nowhere else."""
+
+import errno
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.filesystems import Filesystem, FilesystemPool, Unsupported, loop_filesystem
+from tests.support.mounted import Mounted, dedupfs
+
+DISK_BYTES = 48 << 20
+PHOTO_BYTES = 300_000
+PAIRS = 20
+
+# What the daemon may say while nothing fits.
+FULL = (
+    r"WARNING.*(cannot share|is not settled).*No space left",
+    r"(WARNING|ERROR).*index cannot be written.*",
+)
+
+
+@pytest.fixture
+def small_disk(filesystem_pool: FilesystemPool) -> Iterator[Filesystem]:
+    try:
+        with loop_filesystem("ext4", filesystem_pool.directory, size_bytes=DISK_BYTES) as filesystem:
+            yield filesystem
+    except Unsupported as problem:
+        pytest.skip(str(problem))
+
+
+@pytest.fixture
+def mounted(small_disk: Filesystem, tmp_path: Path) -> Iterator[Mounted]:
+    mounted = Mounted(
+        small_disk.root / "source", tmp_path / "mount", options=["share=reference"], expected_log=FULL, watchdog_s=200
+    ).start()
+    yield mounted
+    mounted.finish()
+
+
+def _photo(number: int, size_bytes: int = PHOTO_BYTES) -> bytes:
+    return random.Random(number).randbytes(size_bytes)
+
+
+def _save(path: Path, data: bytes) -> None:
+    """As apps do: in pieces, to the end or to the first error."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.write(fd, data[done : done + (64 << 10)])
+    finally:
+        os.close(fd)
+
+
+def _fill(path: Path) -> None:
+    """Take every block that is left, outside of the mount."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        for size_bytes in (1 << 20, 4096):
+            try:
+                while True:
+                    os.write(fd, bytes(size_bytes))
+                    os.fsync(fd)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    finally:
+        os.close(fd)
+
+
+def _assert_full(error: OSError) -> None:
+    assert error.errno == errno.ENOSPC, f"an app met {error!r}"
+
+
+def test_apps_fill_the_disk(mounted: Mounted) -> None:
+    saved: dict[str, bytes] = {}
+    with pytest.raises(OSError) as met:
+        for number in range(1000):
+            # Each third one has the content of the one before.
+            data = _photo(number - (number % 3 == 2))
+            _save(mounted.path(f"{number}.jpg"), data)
+            saved[f"{number}.jpg"] = data
+    _assert_full(met.value)
+    assert len(saved) > 50
+
+    def check() -> None:
+        wrong = [name for name, data in saved.items() if mounted.path(name).read_bytes() != data]
+        assert not wrong
+
+    check()
+    mounted.path(f"{len(saved)}.jpg").unlink()  # what did not fit
+    for name in list(saved)[::2]:
+        mounted.path(name).unlink()
+        del saved[name]
+    data = _photo(5000)
+    _save(mounted.path("again.jpg"), data)
+    _save(mounted.path("and again.jpg"), data)
+    saved |= {"again.jpg": data, "and again.jpg": data}
+    mounted.settle()
+    check()
+    assert mounted.state("again.jpg") == "reference"
+
+
+def test_sharing_without_a_free_block(mounted: Mounted, small_disk: Filesystem) -> None:
+    pairs = {f"{side}{number}.jpg": _photo(number) for number in range(PAIRS) for side in ("left", "right")}
+    for name, data in pairs.items():
+        _save(mounted.path(name), data)
+    _fill(small_disk.root / "filler")
+
+    wrong = [name for name, data in pairs.items() if mounted.path(name).read_bytes() != data]
+    assert not wrong
+    with pytest.raises(OSError) as met:
+        _save(mounted.path("one more.jpg"), _photo(6000))
+    _assert_full(met.value)
+    mounted.path("one more.jpg").unlink(missing_ok=True)
+    mounted.path("left0.jpg").rename(mounted.path("renamed.jpg"))
+    pairs["renamed.jpg"] = pairs.pop("left0.jpg")
+    dedupfs("status", mounted.mountpoint, "--json")
+
+    (small_disk.root / "filler").unlink()
+    # One look at the archive, in case that a failure is not tried again by itself before.
+    dedupfs("scan", mounted.mountpoint)
+    mounted.settle()
+    wrong = [name for name, data in pairs.items() if mounted.path(name).read_bytes() != data]
+    assert not wrong
+    assert {name: mounted.state(name) for name in pairs} == dict.fromkeys(pairs, "reference")
+
+
+def test_a_reference_cannot_be_materialised(mounted: Mounted, small_disk: Filesystem) -> None:
+    """It takes room that an ordinary file would not need: the app is told so by open, and loses nothing."""
+    data = _photo(1, 4 << 20)
+    for name in ("left.jpg", "right.jpg"):
+        _save(mounted.path(name), data)
+    mounted.settle()
+    assert mounted.state("left.jpg") == "reference"
+    _fill(small_disk.root / "filler")
+
+    for flags in (os.O_RDWR, os.O_WRONLY | os.O_APPEND):
+        with pytest.raises(OSError) as met:
+            os.close(os.open(mounted.path("left.jpg"), flags))
+        _assert_full(met.value)
+    with pytest.raises(OSError) as met:
+        os.truncate(mounted.path("left.jpg"), 3 << 20)
+    _assert_full(met.value)
+    assert mounted.path("left.jpg").read_bytes() == data
+    assert mounted.path("left.jpg").stat().st_size == len(data)
+    # What needs no room works.
+    os.truncate(mounted.path("right.jpg"), 0)
+    assert mounted.path("right.jpg").read_bytes() == b""
+    mounted.path("right.jpg").unlink()
+
+    (small_disk.root / "filler").unlink()
+    with open(mounted.path("left.jpg"), "r+b") as file:
+        file.write(b"edited")
+    assert mounted.path("left.jpg").read_bytes() == b"edited" + data[6:]
+    mounted.settle()
