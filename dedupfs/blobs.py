@@ -100,6 +100,7 @@ class Blobs:
                 os.close(target)
         finally:
             os.close(source)
+        self._unseal(path)
         self._backing.rename(draft, path)
         self.seal(content)
 
@@ -120,8 +121,8 @@ class Blobs:
         path = self.path(content)
         fd = self._backing.open_quietly(path)
         try:
-            if self._backing.is_immutable(fd):
-                return
+            if self._backing.is_immutable(fd) or os.fstat(fd).st_nlink != 1:
+                return  # sealed, or somebody's file as well
             for name in os.listxattr(fd):
                 with suppress(OSError):  # a security label stays
                     os.removexattr(fd, name)

@@ -75,7 +75,7 @@ class Engine:
         self.references.sweep()
         orphans = Orphans(backing, self.openfiles, self.settler)
         orphans.sweep()
-        self.sharing: Sharing = ReflinkSharing(backing, note) if by_reflink else self.references
+        self.sharing: Sharing = ReflinkSharing(backing, self.gate, note) if by_reflink else self.references
         recording = Recording(backing, self.settler.is_pending, self.settler.offer, lambda path: self.on_replaced(path))
         self.settler.attach(
             Matcher(
@@ -88,6 +88,7 @@ class Engine:
                 recording,
                 lambda path: self.on_replaced(path),
                 self.settler.offer,
+                self.settler.postpone,
             ),
             recording,
             self.references.unlink_blob,
@@ -253,6 +254,7 @@ class Engine:
                 self._work_off(progress)
 
         with self._scan_lock:
+            self.settler.offer_postponed()
             census = self._reconciler.run(progress, settle=settle, stopping=self._stopping.is_set)
         return {
             "files": census.files,

@@ -67,8 +67,11 @@ class _Tree:
 
 def fsck(source: str, *, repair: bool, progress: Progress) -> Report:
     """Check the store of `source`. Raises Busy when it is in use, and what `Store` raises."""
-    report = _check(source, progress, repair=repair)
+    report = _check(source, progress, repair=False)
     if repair and report.findings:
+        with Engine(source, MountOptions(share=Share.REFERENCE)):
+            pass  # takes back what was left half-way, before anything is concluded from it
+        _check(source, progress, repair=True)
         _reconcile(source, report.findings, progress)
         left = {(finding.check, finding.path) for finding in _check(source, progress, repair=False).findings}
         for finding in report.findings:
@@ -198,7 +201,7 @@ def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding
                 continue  # the scan that is still to finish removes it
             repair = partial(blobs.remove, content) if tree.complete else None
             yield Finding("unreferenced-blob", path, "no reference names it", repair)
-        elif stat.S_IMODE(st.st_mode) != SEALED_MODE or (backing.privileged and st.st_uid):
+        elif (st.st_nlink == 1 and stat.S_IMODE(st.st_mode) != SEALED_MODE) or (backing.privileged and st.st_uid):
             yield Finding("sealed", path, "is not sealed", partial(blobs.seal, content))
     known = {Blobs.path(content) for content, _ in blobs.list()}
     for directory in backing.scandir(BLOBS):

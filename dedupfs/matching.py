@@ -45,11 +45,14 @@ class Matcher:
         recording: Recording,
         on_replaced: Callable[[bytes], None],
         offer: Callable[[Ino, bytes], None],
+        postpone: Callable[[Ino, bytes], bool],
     ) -> None:
-        """`on_replaced` is called with each path that got another inode, `offer` with files to look at again."""
+        """`on_replaced` is called with each path whose inode is another, `offer` with files to look at again, and
+        `postpone` with those that could not be shared; it answers whether that is new."""
         self._backing, self._blobs, self._openfiles = backing, blobs, openfiles
         self._references, self._strategy, self._hash = references, strategy, hasher
-        self._recording, self._on_replaced, self._offer = recording, on_replaced, offer
+        self._recording, self._on_replaced = recording, on_replaced
+        self._offer, self._postpone = offer, postpone
 
     def settle(self, batch: Batch, ino: Ino, path: bytes, digest: Digest | None) -> None:
         """Record and share the file at `path`, whose inode was `ino` and whose digest may be known already.
@@ -110,6 +113,7 @@ class Matcher:
         if reference.materialising and self._blobs.usable(reference.content):
             self._references.undo_copy(file.path, reference)
             st = os.fstat(file.fd)
+            self._on_replaced(file.path)  # it had another time, perhaps another length
         self._recording.put(batch, file.link, file.path, st, FileState.REFERENCE, reference.content)
         return True
 
@@ -160,7 +164,8 @@ class Matcher:
         try:
             return self._share(batch, file, content, others)
         except OSError as error:
-            log.warning("cannot share %s: %s", os.fsdecode(file.path), error)
+            if self._postpone(file.key.ino, file.path):
+                log.warning("cannot share %s now: %s", os.fsdecode(file.path), error)
             return False
 
     def _size_of(self, batch: Batch, content: ContentKey, others: list[Ino]) -> int | None:

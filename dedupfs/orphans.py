@@ -38,7 +38,8 @@ class Orphans:
     def take_in(self, path: bytes, name: bytes, st: os.stat_result) -> None:
         """Move an unlinked file here. The caller is inside the gate."""
         self._backing.rename(path, ORPHANS + b"/" + name)
-        self._keys[name] = Key.of(st)
+        with self._lock:
+            self._keys[name] = Key.of(st)
 
     def let_go(self, key: Key) -> None:
         """Remove the orphans with this inode, unless it is open. Called after every release that may have been the

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _BATCH_FILES = 256
 _BATCH_S = 1.0
 _POLL_S = 0.2  # for readers of a blob that nothing refers to any more
+_POSTPONED_S = 60.0
 _RETRY_S = 5.0  # after the index could not be written
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
 
@@ -52,6 +53,9 @@ class Settler:
         self._fresh: dict[Ino, _Pending] = {}
         self._backlog: dict[Ino, _Pending] = {}
         self._working: dict[Ino, _Pending] = {}
+        self._postponed: dict[Ino, bytes] = {}
+        self._complained: set[Ino] = set()  # once in a mount is enough
+        self._tried_at = 0.0
         self._journal = Journal()
         self._unreferenced: set[ContentKey] = set()  # contents whose blob may have lost its last reference
         self._moved_directories: list[bytes] | None = None
@@ -227,19 +231,21 @@ class Settler:
             self._apply_journal(batch)
             self._commit(batch)
             self._remove_unreferenced()
-        waiting = {**self._fresh, **self._backlog, **self._working}
-        self._index.save_queue([(ino, item.path) for ino, item in waiting.items()])
+        waiting = {
+            ino: item.path for queue in (self._fresh, self._backlog, self._working) for ino, item in queue.items()
+        }
+        self._index.save_queue(list({**self._postponed, **waiting}.items()))
 
     def _run(self) -> None:
         while True:
             with self._condition:
                 self._condition.wait_for(
-                    lambda: self._fresh or self._backlog or len(self._journal) or self._stopping,
-                    # A blob that nothing refers to may only have to wait for a reader to close it.
-                    timeout=_POLL_S if self._unreferenced and self.index_is_complete else None,
+                    lambda: self._fresh or self._backlog or len(self._journal) or self._stopping, self._nap_s()
                 )
                 if self._stopping:
                     return
+            if self._postponed and time.monotonic() - self._tried_at > _POSTPONED_S:
+                self.offer_postponed()
             try:
                 self._work()
             except StoreError as error:
@@ -249,6 +255,11 @@ class Settler:
                 # A bug that one file meets must not leave all others unsettled.
                 log.exception("settling failed; trying again")
                 self._lose_batch()
+
+    def _nap_s(self) -> float | None:
+        if self._unreferenced and self.index_is_complete:
+            return _POLL_S
+        return _POSTPONED_S if self._postponed else None
 
     def _lose_batch(self) -> None:
         with self._condition:
@@ -359,8 +370,37 @@ class Settler:
             self._fresh.setdefault(ino, _Pending(item.path))
 
     def _commit(self, batch: Batch) -> None:
-        batch.commit()
-        self._unreferenced |= batch.dereferenced
+        """Write a batch. Beside a mount, as often as it takes: while the disk is full, say, it waits in memory."""
+        told = False
+        while True:
+            try:
+                batch.commit()
+            except IndexDamaged as error:
+                with self._condition:
+                    if self._thread is None or self._stopping:
+                        raise
+                    if not told:
+                        log.error("%s; trying again until it can be", error)
+                        told = True
+                    self._condition.wait_for(lambda: self._stopping, _RETRY_S)
+                continue
+            self._unreferenced |= batch.dereferenced
+            return
+
+    def postpone(self, ino: Ino, path: bytes) -> bool:
+        """A file could not be shared, for want of space, say: it is tried again later. Answers whether that is new."""
+        with self._condition:
+            self._postponed[ino] = path
+            new = ino not in self._complained
+            self._complained.add(ino)
+            return new
+
+    def offer_postponed(self) -> None:
+        with self._condition:
+            postponed, self._postponed = self._postponed, {}
+            self._tried_at = time.monotonic()
+        for ino, path in postponed.items():
+            self.offer(ino, path)
 
     def suspect(self, content: ContentKey) -> None:
         """Have the blob of this content removed, unless something refers to it after all."""

@@ -79,20 +79,26 @@ class ReflinkSharing:
 
     name = "reflink"
 
-    def __init__(self, backing: Backing, note: Note) -> None:
-        self._backing, self._note = backing, note
+    def __init__(self, backing: Backing, gate: Gate, note: Note) -> None:
+        self._backing, self._gate, self._note = backing, gate, note
 
     def share(self, known: Settled, new: Settled, content: ContentKey) -> bool:
         if not self.share_with_blob(known.fd, new, content):
             return False
-        self._note(Shared(os.fstat(known.fd), known.link, known.path, FileState.SHARED, content))
+        self._note_shared(known, content)
         return True
 
     def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey) -> bool:
         if not self._backing.dedupe(blob_fd, new.fd, new.stamp.size_bytes, new.watch.checkpoint):
             return False
-        self._note(Shared(os.fstat(new.fd), new.link, new.path, FileState.SHARED, content))
+        self._note_shared(new, content)
         return True
+
+    def _note_shared(self, file: Settled, content: ContentKey) -> None:
+        with self._gate.shared(), suppress(FileNotFoundError):
+            st = self._backing.lstat(file.path)
+            if Key.of(st) == file.key:  # else it was renamed or removed meanwhile, which is noted already
+                self._note(Shared(st, file.link, file.path, FileState.SHARED, content))
 
 
 class ReferenceSharing:

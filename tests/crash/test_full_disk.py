@@ -60,12 +60,10 @@ def _fill(path: Path) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         for size_bytes in (1 << 20, 4096):
-            try:
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
                 while True:
                     os.write(fd, bytes(size_bytes))
                     os.fsync(fd)
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
     finally:
         os.close(fd)
 

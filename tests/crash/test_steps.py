@@ -6,11 +6,17 @@ again, must be as the ledger says at once, and must put itself in order; fsck fi
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 
-from .scenarios import SCENARIOS
+from tests.conftest import Mounts
+from tests.support.crashing import SteppedMount
+
+from .ledger import Ledger
+from .scenarios import PIECE, SCENARIOS, photo
 from .stage import MakeStage, report
+from .writers import DEAD, PathApp
 
 # Everything on ext4; what differs there, also where extents can be shared.
 PLACES = [(name, "reference", "ext4") for name in SCENARIOS]
@@ -75,4 +81,81 @@ def test_killed_as_an_ordinary_user(stage: MakeStage, scenario: str) -> None:
     steps = here.steps()
     found = {f"before {step}": here.problems_after(f"before:{step}") for step in steps}
     wrong = {kill: problems for kill, problems in found.items() if problems}
+    assert not wrong, report(wrong, steps)
+
+
+# --- in a real mount
+
+
+def _live(app: PathApp, mountpoint: Path) -> None:
+    """Everything that sharing does, asked for by an app. Raises what a dying mount says."""
+
+    def save(name: str, content: str) -> None:
+        fd = app.create(name)
+        app.write(name, fd, photo(content), 0)
+        app.close(fd)
+
+    def settled(name: str) -> bytes:
+        return os.getxattr(mountpoint / "folder" / name, "user.dedupfs.state")
+
+    for name, content in (("one", "a"), ("two", "a"), ("other", "b"), ("third", "a")):
+        save(name, content)
+    assert settled("third") in (b"reference", b"shared")
+    source, copy = app.open("other", os.O_RDONLY), app.create("copy")
+    app.copy_range("other", "copy", source, copy)
+    app.close(copy)
+    app.close(source)
+    for name, offset in (("one", 7000), ("copy", 0)):
+        fd = app.open(name, os.O_RDWR)
+        app.write(name, fd, PIECE, offset)
+        app.close(fd)
+    fd = app.open("two", os.O_WRONLY)
+    app.truncate("two", fd, 9001)
+    app.close(fd)
+    app.close(app.open("third", os.O_WRONLY | os.O_TRUNC))
+    settled("third")
+    save("draft", "b")
+    app.rename("draft", "two")
+    settled("two")
+    for name in ("other", "two"):
+        app.unlink(name)
+
+
+@pytest.mark.parametrize("mounts", [("reference", "ext4"), ("reflink", "xfs")], indirect=True)
+def test_killed_at_steps_of_a_mount(mounts: Mounts, tmp_path: Path, rng: random.Random) -> None:
+    def live(kill: str) -> tuple[list[str], list[str]]:
+        """The steps that came, and what was wrong after a restart."""
+        mounted = mounts.new()
+        ledger = Ledger()
+        with SteppedMount(mounted.source, mounted.mountpoint, tmp_path, *mounted.options, kill=kill) as broken:
+            os.mkdir(mounted.path("folder"))
+            directory = os.open(mounted.path("folder"), os.O_RDONLY | os.O_DIRECTORY)
+            broken.arm()
+            died = False
+            try:
+                _live(PathApp(directory, ledger), mounted.mountpoint)
+            except OSError as error:
+                if error.errno not in DEAD:
+                    raise
+                died = True
+            finally:
+                os.close(directory)
+            assert broken.was_killed(patience_s=10) or not died, f"the mount died, its daemon lives: {broken.log}"
+        if not kill:
+            return broken.steps, []
+        mounted.start()
+        directory = os.open(mounted.path("folder"), os.O_RDONLY | os.O_DIRECTORY)
+        app = PathApp(directory, ledger)
+        problems = app.check(looked_at=False)
+        mounted.settle()
+        problems += app.check()
+        os.close(directory)
+        return broken.steps, problems
+
+    steps, _ = live("")
+    wrong = {}
+    for step in rng.sample(steps, 8):
+        kill = f"{rng.choice(('before', 'after'))}:{step}"
+        if problems := live(kill)[1]:
+            wrong[kill] = problems
     assert not wrong, report(wrong, steps)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from functools import partial
 
 import pytest
 
@@ -145,7 +146,7 @@ def test_hidden_while_it_is_released(known: Bench) -> None:
     for _ in range(50):
         handle = known.create_file("new")
         known.write_to(handle, DATA)
-        with in_thread(lambda handle=handle: known.close_file(handle)), in_thread(lambda: known.hide("new", HIDDEN)):
+        with in_thread(partial(known.close_file, handle)), in_thread(lambda: known.hide("new", HIDDEN)):
             pass
         assert known.inside("orphans") == []
         assert "new" not in known.names()

@@ -43,8 +43,8 @@ def test_a_name_names_its_content(digest: Digest, number: int) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", ".", "..", NAME, f"{NAME}.", f"{NAME}.x", f"{NAME}.-1", f"{NAME}.65536", f"{NAME}.01", f"{NAME}.+1",
-     f"{NAME}.1.0", f"{NAME}. 1", f"{NAME}.0 ", f"{NAME}.1_0", f"{NAME}.\u0661", f"{NAME[:-2]}.0", f"{NAME}00.0", f"{NAME.upper()}.0",
-     f"{NAME[:2]} {NAME[2:]}.0", f"x{NAME[1:]}.0"],
+     f"{NAME}.1.0", f"{NAME}. 1", f"{NAME}.0 ", f"{NAME}.1_0", f"{NAME}.\u0661", f"{NAME[:-2]}.0", f"{NAME}00.0",
+     f"{NAME.upper()}.0", f"{NAME[:2]} {NAME[2:]}.0", f"x{NAME[1:]}.0"],
 )  # fmt: skip
 def test_other_names_are_not_blobs(name: str) -> None:
     assert parse_name(name) is None
