@@ -201,7 +201,7 @@ def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding
                 continue  # the scan that is still to finish removes it
             repair = partial(blobs.remove, content) if tree.complete else None
             yield Finding("unreferenced-blob", path, "no reference names it", repair)
-        elif (st.st_nlink == 1 and stat.S_IMODE(st.st_mode) != SEALED_MODE) or (backing.privileged and st.st_uid):
+        elif st.st_nlink == 1 and (stat.S_IMODE(st.st_mode) != SEALED_MODE or (backing.privileged and st.st_uid)):
             yield Finding("sealed", path, "is not sealed", partial(blobs.seal, content))
     known = {Blobs.path(content) for content, _ in blobs.list()}
     for directory in backing.scandir(BLOBS):

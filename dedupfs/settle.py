@@ -52,7 +52,8 @@ class Settler:
         self._condition = threading.Condition(threading.Lock())
         self._fresh: dict[Ino, _Pending] = {}
         self._backlog: dict[Ino, _Pending] = {}
-        self._working: dict[Ino, _Pending] = {}
+        self._working: dict[Ino, _Pending] = {}  # the one in hand
+        self._settled: dict[Ino, _Pending] = {}  # done, and not committed yet
         self._postponed: dict[Ino, bytes] = {}
         self._complained: set[Ino] = set()  # once in a mount is enough
         self._tried_at = 0.0
@@ -158,12 +159,12 @@ class Settler:
         """Wait until this file is settled and every name as of now is in the index. False when that took too long."""
         deadline = time.monotonic() + timeout_s
         self._openfiles.wait_until_closed(key, min(timeout_s, 2.0))
-        queues = (self._fresh, self._backlog, self._working)
+        queues = (self._fresh, self._backlog, self._working, self._settled)
         return self._wait(lambda: not any(key.ino in queue for queue in queues), deadline - time.monotonic())
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing at all is pending."""
-        return self._wait(lambda: not (self._fresh or self._backlog or self._working), timeout_s)
+        return self._wait(lambda: not (self._fresh or self._backlog or self._working or self._settled), timeout_s)
 
     def _wait(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
         with self._condition:
@@ -202,7 +203,7 @@ class Settler:
 
     def pending(self) -> int:
         with self._condition:
-            return len(self._fresh) + len(self._backlog) + len(self._working)
+            return len(self._fresh) + len(self._backlog) + len(self._working) + len(self._settled)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -231,9 +232,8 @@ class Settler:
             self._apply_journal(batch)
             self._commit(batch)
             self._remove_unreferenced()
-        waiting = {
-            ino: item.path for queue in (self._fresh, self._backlog, self._working) for ino, item in queue.items()
-        }
+        queued = {**self._settled, **self._backlog, **self._working, **self._fresh}
+        waiting = {ino: item.path for ino, item in queued.items()}
         self._index.save_queue(list({**self._postponed, **waiting}.items()))
 
     def _run(self) -> None:
@@ -264,9 +264,10 @@ class Settler:
     def _lose_batch(self) -> None:
         with self._condition:
             self.index_is_complete, self.lost_a_batch = False, True
-            for ino, item in self._working.items():
+            for ino, item in {**self._settled, **self._working}.items():
                 self._backlog.setdefault(ino, _Pending(item.path))
             self._working.clear()
+            self._settled.clear()
             self._applied = self._journal.appended - len(self._journal)
             self._condition.wait_for(lambda: self._stopping, _RETRY_S)
 
@@ -280,14 +281,16 @@ class Settler:
 
     def _work(self) -> None:
         """One batch: names and files in the order they came, then one transaction, then blobs nobody needs."""
-        done: list[Ino] = []
         with self._batch_lock:
             batch = self._index.batch()
             deadline = time.monotonic() + _BATCH_S
-            while len(done) < _BATCH_FILES and (taken := self._take(batch)) is not None:
-                done.append(taken[0])
+            count = 0
+            while count < _BATCH_FILES and (taken := self._take(batch)) is not None:
+                count += 1
                 self._settle(batch, *taken)
                 with self._condition:
+                    ino, item = taken
+                    self._settled[ino] = self._working.pop(ino, item)
                     if self._stopping or self._waiting or time.monotonic() > deadline:
                         break
             self._apply_journal(batch)  # what sharing noted belongs into the same transaction
@@ -295,10 +298,9 @@ class Settler:
             self._commit(batch)
             self._remove_unreferenced()
         with self._condition:
-            for ino in done:
-                self._working.pop(ino, None)
+            self._settled.clear()
             self._applied = applied
-            self.settled += len(done)
+            self.settled += count
             self._condition.notify_all()
 
     def _take(self, batch: Batch) -> tuple[Ino, _Pending] | None:
