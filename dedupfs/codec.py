@@ -3,15 +3,16 @@
 All integers are big-endian, so that LMDB's byte order of keys is their numeric order. Every value that stands alone
 begins with a version byte; a decoder that meets another version raises `StoreError`, it never guesses.
 
-Reference xattr (40 bytes; docs/format.md has the table):
+Reference xattr (44 bytes; docs/format.md has the table):
 
     0   1   version, 1
     1   1   flags: bit 0, materialising
     2   2   collision number
     4   8   size of the content in bytes
     12  16  digest of the content, XXH3-128 canonical
-    28  8   mtime in ns to put back should materialising be abandoned, else 0
-    36  4   CRC-32 of bytes 0..35 and nothing else: tells a damaged record, proves nothing
+    28  8   mtime to put back should materialising be abandoned, else 0: seconds since 1970, signed
+    36  4   … and nanoseconds
+    40  4   CRC-32 of bytes 0..39 and nothing else: tells a damaged record, proves nothing
 """
 
 import struct
@@ -20,7 +21,7 @@ import zlib
 from .errors import StoreError
 from .model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Reference, Stamp
 
-_REFERENCE = struct.Struct(">BBHQ16sqI")
+_REFERENCE = struct.Struct(">BBHQ16sqII")
 _REFERENCE_VERSION = 1
 _MATERIALISING = 0x01
 
@@ -38,7 +39,7 @@ def encode_reference(reference: Reference) -> bytes:
         reference.content.collision,
         reference.size_bytes,
         reference.content.digest,
-        reference.mtime_ns,
+        *divmod(reference.mtime_ns, 10**9),
         0,
     )[:-4]
     return body + zlib.crc32(body).to_bytes(4, "big")
@@ -48,12 +49,14 @@ def decode_reference(value: bytes) -> Reference:
     """Raises StoreError when `value` is not a reference this version wrote."""
     if len(value) != _REFERENCE.size:
         raise StoreError(f"reference record of {len(value)} bytes, expected {_REFERENCE.size}")
-    version, flags, collision, size_bytes, digest, mtime_ns, checksum = _REFERENCE.unpack(value)
+    version, flags, collision, size_bytes, digest, mtime_s, mtime_ns, checksum = _REFERENCE.unpack(value)
     if version != _REFERENCE_VERSION or flags & ~_MATERIALISING:
         raise StoreError(f"reference record of version {version}, flags {flags:#x}: written by a newer dedupfs?")
     if zlib.crc32(value[:-4]) != checksum:
         raise StoreError("reference record with a wrong checksum")
-    return Reference(ContentKey(Digest(digest), collision), size_bytes, bool(flags & _MATERIALISING), mtime_ns)
+    return Reference(
+        ContentKey(Digest(digest), collision), size_bytes, bool(flags & _MATERIALISING), mtime_s * 10**9 + mtime_ns
+    )
 
 
 def encode_ino(ino: Ino) -> bytes:

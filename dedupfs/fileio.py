@@ -191,6 +191,10 @@ class FileIo:
     # -- content ------------------------------------------------------------------------------------------------------
 
     def read(self, handle: Handle, buffer: memoryview, offset: int) -> int:
+        if handle.read_fd != handle.own_fd and not handle.was_read:
+            # Of a reference the blob is read: let the backing filesystem keep the access time by its own rules.
+            handle.was_read = True
+            os.pread(handle.own_fd, 1, 0)
         return os.preadv(handle.read_fd, [buffer], offset)
 
     def write(self, handle: Handle, data: memoryview, offset: int, caller: Caller, *, cached: bool) -> int:

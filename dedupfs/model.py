@@ -54,7 +54,7 @@ class FileState(enum.IntEnum):
 
 
 class Stamp(NamedTuple):
-    """What tells that an inode has not changed since it was looked at."""
+    """What tells that an inode has not changed since it was looked at. The times are there to compare: modulo 2^64 ns."""
 
     size_bytes: int
     mtime_ns: int
@@ -62,7 +62,12 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, st: os.stat_result) -> "Stamp":
-        return cls(st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+        return cls(st.st_size, _wrapped(st.st_mtime_ns), _wrapped(st.st_ctime_ns))
+
+
+def _wrapped(time_ns: int) -> int:
+    """As a signed 64-bit number, which holds the years 1678 to 2261; filesystems know later ones."""
+    return (time_ns + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 class FileRecord(NamedTuple):

@@ -131,6 +131,7 @@ class Handle:
     read_fd: int
     writes: bool
     appends: bool
+    was_read: bool = False
     flushed: bool = False  # a close() was seen: the release is on the way, unless the descriptor was a duplicate
 
 

@@ -35,6 +35,11 @@ class Orphans:
         """Where the orphan of this name is, None when there is none."""
         return ORPHANS + b"/" + name if name in self._keys else None
 
+    def count(self, key: Key) -> int:
+        """How many orphans have this inode: names of it that nobody sees."""
+        with self._lock:
+            return sum(of == key for of in self._keys.values()) if self._keys else 0
+
     def take_in(self, path: bytes, name: bytes, st: os.stat_result) -> None:
         """Move an unlinked file here. The caller is inside the gate."""
         self._backing.rename(path, ORPHANS + b"/" + name)

@@ -340,6 +340,10 @@ class Settler:
                 raise  # what was learned so far may be a reference that nobody counted
             except (OSError, DedupfsError) as error:
                 self._fail(item.path, error)
+            except Exception:
+                # A bug that one file meets must not leave all others unsettled. What was shared is noted already.
+                log.exception("%s cannot be settled", os.fsdecode(item.path))
+                self.failures += 1
             return
         self._again(ino, item)
 

@@ -83,8 +83,13 @@ class ReflinkSharing:
         self._backing, self._gate, self._note = backing, gate, note
 
     def share(self, known: Settled, new: Settled, content: ContentKey) -> bool:
-        if not self.share_with_blob(known.fd, new, content):
+        def checkpoint() -> None:
+            known.watch.checkpoint()
+            new.watch.checkpoint()
+
+        if not self._backing.dedupe(known.fd, new.fd, new.stamp.size_bytes, checkpoint):
             return False
+        self._note_shared(new, content)
         self._note_shared(known, content)
         return True
 
@@ -95,10 +100,14 @@ class ReflinkSharing:
         return True
 
     def _note_shared(self, file: Settled, content: ContentKey) -> None:
-        with self._gate.shared(), suppress(FileNotFoundError):
-            st = self._backing.lstat(file.path)
-            if Key.of(st) == file.key:  # else it was renamed or removed meanwhile, which is noted already
-                self._note(Shared(st, file.link, file.path, FileState.SHARED, content))
+        with self._gate.shared():
+            try:
+                st = self._backing.lstat(file.path)
+            except FileNotFoundError:
+                raise Changed("gone") from None
+            if Key.of(st) != file.key:
+                raise Changed("renamed or removed meanwhile")
+            self._note(Shared(st, file.link, file.path, FileState.SHARED, content))
 
 
 class ReferenceSharing:
@@ -184,10 +193,12 @@ class ReferenceSharing:
             except OSError as error:
                 # Nothing to undo: they read the right bytes.
                 log.error("readers of %s see the attributes of its blob: %s", os.fsdecode(known.path), error)
-        if durable:
-            self._blobs.flush_name(content)  # before another file's own bytes go for it
-        with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
-            self._blobs.seal(content)
+        try:
+            if durable:
+                self._blobs.flush_name(content)  # before another file's own bytes go for it
+        finally:
+            with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
+                self._blobs.seal(content)
 
     def refer(self, new: Settled, content: ContentKey) -> None:
         """Put a reference to an existing blob at the path of `new`, whose own inode goes.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
-from .backing import RENAME_EXCHANGE, Backing
+from .backing import RENAME_EXCHANGE, RENAME_NOREPLACE, Backing
 from .duplicates import Answers
 from .errors import StoreError
 from .fileio import FileIo
@@ -83,8 +83,11 @@ class Vfs:
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def getattr(self, path: bytes) -> Attributes:
-        path = self._resolve(path)
-        return self._attributes(self._backing.lstat(path), path)
+        resolved = self._resolve(path)
+        found = self._attributes(self._backing.lstat(resolved), resolved)
+        if resolved is path and (hidden := self._orphans.count(Key.of(found.st))):
+            return found._replace(nlink=found.nlink - hidden)
+        return found  # of an orphan itself libfuse takes the link off
 
     def getattr_open(self, handle: Handle) -> Attributes:
         st = os.fstat(handle.own_fd)
@@ -150,6 +153,10 @@ class Vfs:
         parent = self._backing.lstat(os.path.dirname(path))
         self._backing.chown(path, caller.uid, -1 if parent.st_mode & stat.S_ISGID else caller.gid)
 
+    def _with_set_ids(self, path: bytes, mode: int) -> int:
+        """The mode the backing filesystem gave (a default ACL may have taken bits off), with what chown took off."""
+        return stat.S_IMODE(self._backing.lstat(path).st_mode) | (mode & 0o7000)
+
     def create(self, path: bytes, flags: int, mode: int, caller: Caller) -> Handle:
         path = self._resolve_new(path)
         try:
@@ -159,7 +166,7 @@ class Vfs:
                 try:
                     self._give(path, caller)
                     if mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
-                        os.fchmod(handle.own_fd, stat.S_IMODE(mode))
+                        os.fchmod(handle.own_fd, self._with_set_ids(path, mode))
                         handle.inode.privileges_checked = False
                 except BaseException:
                     self._backing.unlink(path)
@@ -178,7 +185,7 @@ class Vfs:
             self._backing.mknod(path, mode, device)
             self._give(path, caller)
             if mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
-                self._backing.chmod(path, stat.S_IMODE(mode))
+                self._backing.chmod(path, self._with_set_ids(path, mode))
             if stat.S_ISREG(mode):
                 st = self._backing.lstat(path)
                 if st.st_dev == self._backing.device:
@@ -268,6 +275,8 @@ class Vfs:
 
     def rename(self, path: bytes, new: bytes, flags: int) -> tuple[os.stat_result, os.stat_result | None]:
         """Answers the attributes of what was moved, and of what it replaced or was exchanged with."""
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            raise _errno(errno.EINVAL)  # a whiteout would belong to us, not to the caller
         path = self._resolve(path)
         new = self._resolve_new(new)
         with self._gate.shared(), ExitStack() as stack:
@@ -356,11 +365,11 @@ class Vfs:
         return self._backing.getxattr(path, name)
 
     def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int) -> None:
-        path = self._resolve(path)
+        backing_path = self._resolve(path)
         if name.startswith(_RESERVED_XATTRS):
             raise _errno(errno.EPERM)
         with self._gate.shared():
-            self._backing.setxattr(path, name, value, flags)
+            self._backing.setxattr(backing_path, name, value, flags)
             self._note_touched(path, None, privileges=name == _CAPABILITY)
 
     def listxattr(self, path: bytes) -> list[bytes]:
@@ -368,11 +377,11 @@ class Vfs:
         return [name for name in names if not name.startswith(_RESERVED_XATTRS)]
 
     def removexattr(self, path: bytes, name: bytes) -> None:
-        path = self._resolve(path)
+        backing_path = self._resolve(path)
         if name.startswith(_RESERVED_XATTRS):
             raise _errno(errno.EPERM)
         with self._gate.shared():
-            self._backing.removexattr(path, name)
+            self._backing.removexattr(backing_path, name)
             self._note_touched(path, None)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class State:
     """What a path shows. None for an attribute stands for any value."""
 
@@ -25,6 +25,13 @@ class State:
     owner: tuple[int, int] | None = None
     mtime_ns: int | None = None
     xattrs: tuple[tuple[str, str], ...] | None = None
+
+    def __repr__(self) -> str:
+        mode = "" if self.mode is None else f" {self.mode:04o}"
+        owner = "" if self.owner is None else " {}:{}".format(*self.owner)
+        time = "" if self.mtime_ns is None else f" @{self.mtime_ns}"
+        names = "" if self.xattrs is None else "".join(f" {name}" for name, _ in self.xattrs)
+        return f"<{self.digest[:8]}… {self.size_bytes}{mode}{owner}{time}{names}>"
 
     @classmethod
     def of(cls, data: bytes, **attributes: Any) -> Self:

@@ -26,7 +26,7 @@ from .ledger import Ledger
 from .writers import PathApp
 
 # Enough on the filesystem that most have; some on each other way of sharing.
-ROUNDS = {"reference-ext4": 50, "reference-xfs": 8, "reflink-xfs": 12}
+ROUNDS = {("reference", "ext4"): 50, ("reference", "xfs"): 8, ("reflink", "xfs"): 12}
 WRITERS = ("upload", "field app", "scans")
 PHOTOGRAPHS = 12
 LARGEST_BYTES = 150_000
@@ -96,13 +96,14 @@ def _fsck_is_clean(mounted: Mounted) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("mounts", ROUNDS, indirect=True, ids="-".join)
 def test_killed_while_writing(mounts: Mounts, writers: list[WriterProcess], rng: random.Random) -> None:
-    strategy = f"{mounts.strategy}-{mounts.filesystem.kind}"
+    rounds = ROUNDS[mounts.strategy, mounts.filesystem.kind]
     mounted = mounts.new().start()
     for name in WRITERS:
         mounted.path(name).mkdir()
     calls = 0
-    for number in range(ROUNDS[strategy]):
+    for number in range(rounds):
         for writer in writers:
             writer.go(mounted.mountpoint, number, f"{rng.random()}")
         for writer in writers:
@@ -125,4 +126,4 @@ def test_killed_while_writing(mounts: Mounts, writers: list[WriterProcess], rng:
             mounted.unmount()
             _fsck_is_clean(mounted)
             mounted.start()
-    assert calls > 100 * ROUNDS[strategy], "the writers hardly came to write"
+    assert calls > 100 * rounds, "the writers hardly came to write"

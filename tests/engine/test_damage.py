@@ -302,6 +302,18 @@ def test_a_damaged_record_is_an_error_and_removes_nothing(bench: Bench) -> None:
     bench.scan()
 
 
+def test_a_damaged_reference_can_be_replaced(bench: Bench) -> None:
+    """As anything that cannot be read: by writing a new content, or by removing it."""
+    share(bench, "one", "two", "three")
+    for name in ("one", "two"):
+        os.setxattr(bench.below(name), bench.reference_xattr, b"garbage")
+    bench.write("one", b"new")
+    bench.unlink("two")
+    bench.settle()
+    assert bench.read("one") == b"new"
+    assert bench.read("three") == DATA
+
+
 def test_a_forged_reference_is_hidden_from_apps(bench: Bench) -> None:
     """No one can forge a reference through the mount, nor see one."""
     bench.write("one", DATA)

@@ -1,6 +1,7 @@
 """Names change at any time: while a file is pending, while it is looked at, while its inode number is used again."""
 
 import os
+import stat
 import threading
 from functools import partial
 
@@ -12,7 +13,7 @@ from dedupfs.model import ContentKey, Ino
 from dedupfs.openfiles import Key
 from dedupfs.sharing import ReflinkSharing, Settled
 
-from .bench import BLOCK, Bench, Meeting, Tampered, content, in_thread
+from .bench import BLOCK, ME, Bench, Meeting, Tampered, content, in_thread
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
@@ -115,7 +116,7 @@ def test_unlinked_while_open_as_libfuse_does_it(known: Bench) -> None:
         known.write_to(handle, DATA)
         known.hide("new", HIDDEN)
         assert known.names() == ["d", "known"]
-        assert known.engine.vfs.getattr_open(handle).nlink == 0
+        assert known.engine.vfs.getattr_open(handle).nlink == 1  # libfuse itself takes one off
         known.settle()
         assert known.read_from(handle) == DATA
         with known.opened(HIDDEN) as again:
@@ -547,6 +548,35 @@ def test_a_write_between_two_looks_is_not_hidden_by_a_chmod(known: Bench) -> Non
     known.settle()
     assert known.duplicates("new") == ["known"]
     assert Key.of(known.below("known").stat()) != Key.of(known.below("new").stat())
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "directory"])
+def test_something_else_takes_its_place_and_its_number(known: Bench, kind: str) -> None:
+    """rm file; ln -s x file: the same path, and on ext4 the same inode number, but no file any more."""
+    known.write("file", DATA)
+    known.settle()
+    known.unlink("file")
+    match kind:
+        case "symlink":
+            known.engine.vfs.symlink(b"known", b"file", ME)
+        case "fifo":
+            known.engine.vfs.mknod(b"file", stat.S_IFIFO | 0o600, 0, ME)
+        case "directory":
+            known.mkdir("file")
+    known.settle()
+    assert known.status()["files"] == 1
+    assert known.refs("known") == 1
+
+
+def test_both_names_stay_when_it_has_to_be_looked_at_again(known: Bench) -> None:
+    """Nobody can be compared with: what is known of it is dropped, its names are not."""
+    known.link("known", "d/other name")
+    known.settle()
+    with known.opened("known", os.O_RDWR):
+        known.write("new", DATA)
+        known.settle()
+    known.settle()
+    assert known.duplicates("new") == ["d/other name", "known"]
 
 
 def test_many_changes_in_one_batch_take_linear_time(bench: Bench) -> None:

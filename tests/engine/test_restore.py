@@ -164,6 +164,32 @@ def test_a_copy_that_differs_is_not_relied_on(shared: Bench) -> None:
     assert shared.read("one") == DATA
 
 
+@pytest.mark.parametrize("what", ["unlink", "rename", "replace"])
+def test_while_an_app_takes_the_name_away(shared: Bench, what: str) -> None:
+    backing = Tampered(shared.source)
+    shared.reopen(backing=backing)
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "fremove_reference":
+            backing.before = lambda name, arguments: None
+            match what:
+                case "unlink":
+                    shared.unlink("one")
+                case "rename":
+                    shared.rename("one", "moved")
+                case "replace":
+                    shared.rename("a/two", "one")
+
+    backing.before = before
+    restore(shared, "one")
+    shared.settle()
+    assert shared.status()["files"] == (6 if what == "rename" else 5)
+    if what == "rename":
+        assert shared.below("moved").read_bytes() == DATA
+        assert shared.duplicates("moved") == ["a/deep/three", "a/two", "b/four"]
+    assert shared.read("b/four") == DATA
+
+
 def test_of_what_is_not_there(shared: Bench) -> None:
     with pytest.raises(SourceError):
         restore(shared, "nowhere")

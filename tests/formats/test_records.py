@@ -13,13 +13,13 @@ DIGEST = Digest(bytes.fromhex("000102030405060708090a0b0c0d0e0f"))
 
 REFERENCES = {
     #  version, flags, collision, size, digest, mtime, CRC-32
-    "01 00 0000 0000000000003039 000102030405060708090a0b0c0d0e0f 0000000000000000 143df2e4": Reference(
+    "01 00 0000 0000000000003039 000102030405060708090a0b0c0d0e0f 0000000000000000 00000000 be2b320e": Reference(
         ContentKey(DIGEST), 12345
     ),
-    "01 01 0102 0102030405060708 000102030405060708090a0b0c0d0e0f 0de0b6b3a7640007 6484dd49": Reference(
+    "01 01 0102 0102030405060708 000102030405060708090a0b0c0d0e0f 000000003b9aca00 00000007 ccfba7f2": Reference(
         ContentKey(DIGEST, 0x0102), 0x0102030405060708, materialising=True, mtime_ns=10**18 + 7
     ),
-    "01 01 0001 0000000000001000 000102030405060708090a0b0c0d0e0f ffffffffffffffff 475baf10": Reference(
+    "01 01 0001 0000000000001000 000102030405060708090a0b0c0d0e0f ffffffffffffffff 3b9ac9ff f21a037e": Reference(
         ContentKey(DIGEST, 1), 4096, materialising=True, mtime_ns=-1
     ),
 }

@@ -1,5 +1,6 @@
 """Ordinary programs at work in the mount: they do there what they do on the filesystem below it."""
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -88,27 +89,27 @@ def _bytes_moved(pid: int) -> int:
 
 
 @REFERENCES
-@pytest.mark.parametrize("options", [[], ["-a"]], ids=["cp", "cp-a"])
-def test_cp_inside_the_mount_moves_no_bytes(mounted: Mounted, options: list[str]) -> None:
+def test_cp_inside_the_mount_moves_no_bytes(mounted: Mounted) -> None:
     content = os.urandom(16 << 20)
-    original, copy = mounted.path("original"), mounted.path("copy")
+    original, copy, another = mounted.path("original"), mounted.path("copy"), mounted.path("another")
     original.write_bytes(content)
     assert mounted.state("original") == "plain"
     inode = mounted.below("original").stat().st_ino
     before = _bytes_moved(mounted.pid)
 
-    tool("cp", *options, original, copy)
+    tool("cp", original, copy)
+    tool("cp", "-a", copy, another)
 
     # at once, not only when it is settled
-    assert is_reference(mounted.below("copy"))
-    assert is_reference(mounted.below("original"))
-    assert mounted.state("copy") == "reference"
+    assert all(is_reference(mounted.below(name)) for name in ("original", "copy", "another"))
+    assert mounted.state("copy") == mounted.state("another") == "reference"
     assert _bytes_moved(mounted.pid) - before < 1 << 20
     (blob,) = (mounted.store / "blobs").glob("*/*")
     assert blob.stat().st_ino == inode
-    assert mounted.xattr("copy", "refs") == b"2"
-    assert mounted.duplicates("copy") == [b"original"]
-    assert read_afresh(copy) == read_afresh(original) == content
+    assert mounted.xattr("copy", "refs") == b"3"
+    assert mounted.duplicates("copy") == [b"another", b"original"]
+    assert another.stat().st_mtime_ns == copy.stat().st_mtime_ns > original.stat().st_mtime_ns
+    assert read_afresh(copy) == read_afresh(another) == read_afresh(original) == content
     assert mounted.below("copy").stat().st_blocks * 512 <= 4096
 
 
@@ -130,6 +131,7 @@ def test_cp_a_of_everything(mounted: Mounted, plain: Path) -> None:
     assert differences(plain, outside) == []
 
 
+@BOTH_STRATEGIES
 def test_cp_of_a_part_and_onto_a_part(mounted: Mounted) -> None:
     """copy_file_range of less than everything is a copy."""
     picture = photograph()
@@ -145,6 +147,7 @@ def test_cp_of_a_part_and_onto_a_part(mounted: Mounted) -> None:
     assert read_afresh(first) == read_afresh(third) == content
 
 
+@BOTH_STRATEGIES
 def test_a_copy_of_a_copy_that_is_still_written(mounted: Mounted) -> None:
     """What is copied is what the file holds at that moment, whatever is known of an earlier content."""
     picture = photograph()
@@ -159,6 +162,7 @@ def test_a_copy_of_a_copy_that_is_still_written(mounted: Mounted) -> None:
     assert read_afresh(first) == picture.read_bytes()
 
 
+@BOTH_STRATEGIES
 def test_mv(mounted: Mounted, plain: Path) -> None:
     picture = photograph()
     first, second, third = shared_copies(mounted, picture)
@@ -274,40 +278,42 @@ _FILL = """
 
 
 @BOTH_STRATEGIES
-@pytest.mark.parametrize("mode", ["delete", "wal"])
-def test_sqlite(mounted: Mounted, plain: Path, mode: str) -> None:
-    for directory in (plain, mounted.path()):
-        assert tool("sqlite3", directory / "a.db", _FILL.format(mode=mode)).strip() == mode.encode()
-        tool("cp", directory / "a.db", directory / "b.db")
+def test_sqlite_in_both_journal_modes(mounted: Mounted, plain: Path) -> None:
+    names = {"delete": ("delete a.db", "delete b.db"), "wal": ("wal a.db", "wal b.db")}
+    for mode, (original, copy) in names.items():
+        for directory in (plain, mounted.path()):
+            assert tool("sqlite3", directory / original, _FILL.format(mode=mode)).strip() == mode.encode()
+            tool("cp", directory / original, directory / copy)
     mounted.settle()
-    assert mounted.state("a.db") == shared_state(mounted)
-    for directory in (plain, mounted.path()):
-        tool("sqlite3", directory / "b.db", "UPDATE picture SET name = name || ' (b)'; VACUUM; PRAGMA wal_checkpoint;")
+    for original, copy in names.values():
+        assert mounted.state(original) == shared_state(mounted)
+        for directory in (plain, mounted.path()):
+            tool("sqlite3", directory / copy, "UPDATE picture SET name = name || ' (b)'; VACUUM;")
     mounted.settle()
-    for name in ("a.db", "b.db"):
+    for name in itertools.chain(*names.values()):
         assert tool("sqlite3", mounted.path(name), "PRAGMA integrity_check;") == b"ok\n"
         assert tool("sqlite3", mounted.path(name), ".dump") == tool("sqlite3", plain / name, ".dump")
 
 
 @ONE_FLAVOUR
-@pytest.mark.parametrize("mode", ["delete", "wal"])
-def test_sqlite_with_two_writers(mounted: Mounted, mode: str) -> None:
+def test_sqlite_with_two_writers(mounted: Mounted) -> None:
     """Needs locks between processes, and in WAL mode a file that both have mapped."""
-    database = mounted.path("a.db")
-    tool("sqlite3", database, f"PRAGMA journal_mode={mode}; CREATE TABLE t (who TEXT, i INTEGER);")
-    shell(
-        """
-        for who in one two; do
-            for i in $(seq 30); do echo "INSERT INTO t VALUES ('$who', $i);"; done |
-                sqlite3 -bail -cmd '.timeout 60000' "$1" &
-        done
-        wait
-        """,
-        mounted.path(),
-        database,
-    )
-    counted = tool("sqlite3", database, "SELECT who, count(DISTINCT i) FROM t GROUP BY who; PRAGMA integrity_check;")
-    assert counted == b"one|30\ntwo|30\nok\n"
+    for mode in ("delete", "wal"):
+        database = mounted.path(f"{mode}.db")
+        tool("sqlite3", database, f"PRAGMA journal_mode={mode}; CREATE TABLE t (who TEXT, i INTEGER);")
+        shell(
+            """
+            for who in one two; do
+                for i in $(seq 30); do echo "INSERT INTO t VALUES ('$who', $i);"; done |
+                    sqlite3 -bail -cmd '.timeout 60000' "$1" &
+            done
+            wait
+            """,
+            mounted.path(),
+            database,
+        )
+        count = "SELECT who, count(DISTINCT i) FROM t GROUP BY who; PRAGMA integrity_check;"
+        assert tool("sqlite3", database, count) == b"one|30\ntwo|30\nok\n"
 
 
 # --- looking
@@ -367,16 +373,16 @@ def test_split_zip_and_checksums(mounted: Mounted) -> None:
         assert read_afresh(mounted.path("unzipped", folder, "picture.jpg")) == picture.read_bytes()
 
 
-@pytest.mark.parametrize("flags", ["--reflink=never", "--sparse=always", "--attributes-only"])
-def test_cp_in_its_other_ways(mounted: Mounted, plain: Path, flags: str) -> None:
+@BOTH_STRATEGIES
+def test_cp_in_its_other_ways(mounted: Mounted, plain: Path) -> None:
     picture = photograph()
     first, *_ = shared_copies(mounted, picture)
-    for target in (mounted.path("copy"), plain / "copy"):
-        tool("cp", flags, first, target)
-        assert target.read_bytes() == (b"" if flags == "--attributes-only" else picture.read_bytes())
+    for flags in ("--reflink=never", "--sparse=always", "--attributes-only"):
+        for target in (mounted.path(flags), plain / flags):
+            tool("cp", flags, first, target)
+            assert target.read_bytes() == (b"" if flags == "--attributes-only" else picture.read_bytes())
     mounted.settle()
-    if flags != "--attributes-only":
-        assert mounted.xattr("copy", "refs") == b"4"
+    assert mounted.xattr(first, "refs") == b"5"
 
 
 @pytest.mark.parametrize("mounts", [("reflink", "xfs")], indirect=True, ids=["reflink-xfs"])

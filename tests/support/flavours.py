@@ -14,6 +14,8 @@ def flavours(*chosen: tuple[str, str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("mounts", chosen, indirect=True, ids=["-".join(flavour) for flavour in chosen])
 
 
+# Where sharing plays no part. REFERENCE is the same, where it does.
 ONE_FLAVOUR = flavours(("reference", "ext4"))
+REFERENCE = flavours(("reference", "ext4"))
 REFERENCES = flavours(("reference", "ext4"), ("reference", "xfs"))
 BOTH_STRATEGIES = flavours(("reference", "ext4"), ("reflink", "xfs"))

@@ -519,5 +519,5 @@ class Model(RuleBasedStateMachine):
         assert self.index.totals() == recompute(self.index) == expected
 
 
-Model.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+Model.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 TestAgainstAModel = Model.TestCase
