@@ -239,7 +239,7 @@ class Engine:
             record = self.index.file(ino)
             if record is not None and record.state is FileState.PLAIN:
                 paths = self.index.paths(ino, self.backing.root_ino)
-                batch.forget_file(ino)
+                batch.doubt_file(ino)
                 self.settler.offer(ino, paths[0] if paths else UNKNOWN_PATH)
         batch.commit()
 

@@ -235,8 +235,11 @@ class FileIo:
                     self._settler.note(Touched(inode.key.ino, path))  # as it was, but for its ctime
                     raise
                 inode.become_plain()
-                self._settler.note(Restored(os.fstat(handle.own_fd), path, reference.content))
-                return reference.size_bytes
+            with self._gate.shared():
+                st = os.fstat(handle.own_fd)
+                if st.st_nlink:
+                    self._settler.note(Restored(st, path, reference.content))
+            return reference.size_bytes
         finally:
             self.release(handle)
 
@@ -269,8 +272,7 @@ class FileIo:
         """Caller holds the lock."""
         inode.dirty = True
         if size_bytes == 0:
-            reference = inode.reference
-            if reference is not None or self._backing.fread_reference(fd) is not None:
+            if inode.reference is not None or self._carries_a_record(fd):
                 self._references.discard(fd)
                 inode.become_plain()
             else:
@@ -284,6 +286,12 @@ class FileIo:
         self._backing.ftruncate(fd, size_bytes)
         if inode.stream is not None and size_bytes != inode.stream.length:
             inode.stream.spoil()
+
+    def _carries_a_record(self, fd: int) -> bool:
+        try:
+            return self._backing.fread_reference(fd) is not None
+        except StoreError:
+            return True  # damaged, or a newer one's: of no interest to who overwrites it
 
     def fallocate(self, handle: Handle, mode: int, offset: int, length: int, caller: Caller) -> None:
         inode = handle.inode

@@ -373,6 +373,11 @@ class Batch:
         self._files[ino] = record
         self._holders.setdefault(record.content, {})[ino] = True
 
+    def doubt_file(self, ino: Ino) -> None:
+        """Drop the record of an inode whose content is to be looked at again. It keeps its names."""
+        self._leave(ino)
+        self._files[ino] = None
+
     def forget_file(self, ino: Ino) -> FileRecord | None:
         """Drop the record and all names of an inode that is gone. Answers what was known of it."""
         known = self._leave(ino)

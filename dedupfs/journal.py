@@ -193,7 +193,10 @@ class Recording:
 
     def forget(self, batch: Batch, ino: Ino) -> None:
         """An inode is gone, unless its number is that of another file by now, which is then recorded, or pending."""
-        if any(st.st_ino == ino for st in self._stats(batch.paths(ino, self._backing.root_ino))):
+        if any(
+            st.st_ino == ino and stat.S_ISREG(st.st_mode)
+            for st in self._stats(batch.paths(ino, self._backing.root_ino))
+        ):
             return
         batch.forget_file(ino)
 

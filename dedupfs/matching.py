@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # where HZ is 100; newer kernels give finer times to a file that was looked at.
 _TICK_NS = 20_000_000
 
+# A file with longer holes (a sparse image, or a mistake) would be hashed for hours, and hides nothing worth sharing.
+_MOST_HOLE_BYTES = 1 << 40
+
 
 class Matcher:
     """Settles one file at a time; the settler's thread calls it."""
@@ -80,6 +83,9 @@ class Matcher:
                     self._count_foreign_reference(batch, file, st)
                     return
                 if self._record_reference(batch, file, st):
+                    return
+                if st.st_size - st.st_blocks * 512 > _MOST_HOLE_BYTES:
+                    log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     return
                 self._match(batch, file, self._digest(batch, file, digest))
             finally:
@@ -206,7 +212,7 @@ class Matcher:
                     return self._wait_for_readers(file)
                 if self._hash(other.fd, other.watch.checkpoint) != content.digest:
                     log.warning("%s has other bytes than when it was hashed", os.fsdecode(other.path))
-                    batch.forget_file(ino)
+                    batch.doubt_file(ino)
                     self._offer(ino, other.path)
         return False
 
@@ -219,7 +225,7 @@ class Matcher:
     def _heal(self, batch: Batch, file: Settled, content: ContentKey) -> bool:
         """The blob has other bytes, or there is none. If it is the blob that is wrong, this copy takes its place."""
         if self._hash(file.fd, file.watch.checkpoint) != content.digest:
-            batch.forget_file(file.key.ino)
+            batch.doubt_file(file.key.ino)
             raise Changed("its bytes are not what was hashed")
         try:
             blob_fd = self._blobs.open(content, file.stamp.size_bytes)
@@ -262,7 +268,7 @@ class Matcher:
                 return False
         for ino in others:
             paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._leads_to(path, ino)]
-            batch.forget_file(ino)
+            batch.doubt_file(ino)
             if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)):
                 self._offer(ino, paths[0] if paths else UNKNOWN_PATH)
         return True

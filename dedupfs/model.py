@@ -54,7 +54,7 @@ class FileState(enum.IntEnum):
 
 
 class Stamp(NamedTuple):
-    """What tells that an inode has not changed since it was looked at. The times are there to compare: modulo 2^64 ns."""
+    """What tells that an inode has not changed since it was looked at. The times are to compare: modulo 2^64 ns."""
 
     size_bytes: int
     mtime_ns: int

@@ -230,6 +230,12 @@ class OpenFiles:
                 del self._watches[key]
                 self._condition.notify_all()
 
+    def give_up_all(self) -> None:
+        """Tell every watcher to let go: the settler is to stop."""
+        with self._condition:
+            for watch in self._watches.values():
+                watch.given_up = True
+
     def get(self, key: Key) -> OpenInode | None:
         with self._condition:
             return self._inodes.get(key)

@@ -176,21 +176,31 @@ class Reconciler:
     def _offer_uncounted_references(self, stopping: Callable[[], bool]) -> bool:
         """The last look before blobs may go: is every reference in the index? A photograph is at stake, so this trusts
         nothing that came before. Answers whether there was one that is not, which is then offered."""
+        suspects = [
+            (path, st) for path, st in walk(self._backing, Census(), stopping) if not self._is_counted(path, st)
+        ]
+        if not suspects:
+            return False
         found = False
-        for path, st in walk(self._backing, Census(), stopping):
-            if not self._backing.may_be_reference(st):
-                continue
-            try:
-                reference = self._backing.read_reference(path)
-            except (OSError, StoreError):
-                continue  # counted as a failure when it was looked at
-            if reference is None or not self._blobs.usable(reference.content):
-                continue
-            record = self._index.file(Ino(st.st_ino))
-            if record is None or record.state is not FileState.REFERENCE or record.content != reference.content:
-                self._settler.offer(Ino(st.st_ino), path, just_seen=True)
-                found = True
+        with self._settler.quiet():  # what apps and the settler did meanwhile is in the index now
+            for path, st in suspects:
+                if not self._is_counted(path, st):
+                    self._settler.offer(Ino(st.st_ino), path, just_seen=True)
+                    found = True
         return found
+
+    def _is_counted(self, path: bytes, st: os.stat_result) -> bool:
+        """Whether a file is no reference, or the index knows which one it is."""
+        if not self._backing.may_be_reference(st):
+            return True
+        try:
+            reference = self._backing.read_reference(path)
+        except (OSError, StoreError):
+            return True  # gone, or counted as a failure when it was looked at
+        if reference is None or not self._blobs.usable(reference.content):
+            return True
+        record = self._index.file(Ino(st.st_ino))
+        return record is not None and record.state is FileState.REFERENCE and record.content == reference.content
 
     def _is_at_a_path(self, ino: Ino) -> bool:
         for path in self._index.paths(ino, self._backing.root_ino):

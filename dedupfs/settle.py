@@ -217,13 +217,14 @@ class Settler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the file in hand, write the journal to the index, and save what is pending.
+        """Write the journal to the index, and save what is pending, the file in hand included.
 
         Raises StoreError when the index cannot be written; then it does not agree with the tree any more.
         """
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
+        self._openfiles.give_up_all()  # hashing a large file takes its time
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -553,7 +553,7 @@ def test_a_write_between_two_looks_is_not_hidden_by_a_chmod(known: Bench) -> Non
 @pytest.mark.parametrize("kind", ["symlink", "fifo", "directory"])
 def test_something_else_takes_its_place_and_its_number(known: Bench, kind: str) -> None:
     """rm file; ln -s x file: the same path, and on ext4 the same inode number, but no file any more."""
-    known.write("file", DATA)
+    known.write("file", content("something"))
     known.settle()
     known.unlink("file")
     match kind:

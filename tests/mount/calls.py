@@ -486,11 +486,10 @@ def set_id_bits_go_when_content_changes(place: Place) -> None:
             place.call(name, change, place[name])
             place.lstat("changed", name)
         # one that is shared
-        if label not in ("truncate to the same",):
-            shutil.copyfile(place["suid"], place[f"{label} shared"])
-            os.chmod(place[f"{label} shared"], 0o6755)
-            place.call(f"{label} shared", change, place[f"{label} shared"])
-            place.lstat("changed", f"{label} shared")
+        shutil.copyfile(place["suid"], place[f"{label} shared"])
+        os.chmod(place[f"{label} shared"], 0o6755)
+        place.call(f"{label} shared", change, place[f"{label} shared"])
+        place.lstat("changed", f"{label} shared")
     for label, change in list(_CHANGES.items())[:6]:
         place.call(f"root's: {label}", change, place["everybodys"])
         place.lstat(f"root's: {label}", "everybodys")
@@ -683,7 +682,7 @@ def what_changes_times(place: Place) -> None:
             os.utime(place[name], ns=(old, old))
             place.changes(f"{name}: read", [name], _read, place[name])
             place.changes(f"{name}: read again", [name], _read, place[name])
-    for label, call in {
+    of_a_file: dict[str, Callable[[str], object]] = {
         "chmod": lambda path: os.chmod(path, 0o640),
         "chown": lambda path: os.chown(path, -1, OTHER_GROUP),
         "setxattr": lambda path: os.setxattr(path, "user.x", b"x"),
@@ -694,9 +693,10 @@ def what_changes_times(place: Place) -> None:
         "unlink the link": lambda path: os.unlink(path + ".2"),
         "rename": lambda path: os.rename(path, path + ".3"),
         "rename back": lambda path: os.rename(path + ".3", path),
-    }.items():
+    }
+    for label, call in of_a_file.items():
         place.changes(label, ["small", "small.3", "."], call, place["small"])
-    for label, call in {
+    of_a_directory: dict[str, Callable[[str], object]] = {
         "create": lambda path: os.close(os.open(path + "/new", os.O_CREAT | os.O_WRONLY)),
         "unlink": lambda path: os.unlink(path + "/new"),
         "mkdir": lambda path: os.mkdir(path + "/new"),
@@ -709,7 +709,8 @@ def what_changes_times(place: Place) -> None:
         "exchange": lambda path: syscalls.renameat2(f"{path}/inner".encode(), f"{path}/new".encode(), RENAME_EXCHANGE),
         "rename over": lambda path: os.rename(path + "/newer", path + "/inner"),
         "failing mkdir": lambda path: os.mkdir(path + "/new"),
-    }.items():
+    }
+    for label, call in of_a_directory.items():
         place.changes(f"directory: {label}", ["directory", "."], call, place["directory"])
 
 
@@ -785,6 +786,9 @@ def renaming_special(place: Place) -> None:
     rename("own in a sticky directory", "sticky/own", "sticky/own2")
     rename("out of a closed directory", "closed/file", "taken")
     rename("whiteout", "third", "third2", RENAME_WHITEOUT)
+    for name in ("third", "third2"):
+        with contextlib.suppress(OSError):
+            os.unlink(place[name])
     os.mkdir(place["d1"])
     os.mkdir(place["d1/sub"], 0o555)
     rename("a directory that we may not write to, elsewhere", "d1/sub", "void2/sub")
@@ -890,10 +894,10 @@ def directories(place: Place) -> None:
             for entry in entries
         }
     place.note("types and inodes", [f"{name}: {kinds[name]}" for name in sorted(kinds)])
-    for name in (b"\xff\xfe", b"new\nline", b"back\\slash", b"caf\xc3\xa9", b" ", b"-rf", b".hidden", b"..."):
-        path = place.top.encode() + b"/void/" + name
-        place.call(f"create {name!r}", lambda path: os.close(os.open(path, os.O_CREAT | os.O_WRONLY)), path)
-        place.call(f"stat {name!r}", os.stat, path)
+    for odd in (b"\xff\xfe", b"new\nline", b"back\\slash", b"caf\xc3\xa9", b" ", b"-rf", b".hidden", b"..."):
+        path = place.top.encode() + b"/void/" + odd
+        place.call(f"create {odd!r}", lambda path: os.close(os.open(path, os.O_CREAT | os.O_WRONLY)), path)
+        place.call(f"stat {odd!r}", os.stat, path)
     place.call("odd names", lambda: sorted(os.listdir(place["void"].encode())))
     # what stays is listed exactly once, whatever comes and goes meanwhile
     os.mkdir(place["busy"])

@@ -1,4 +1,4 @@
-"""Several processes at once do random I/O to files that are shared and taken apart all the while; no byte is ever wrong.
+"""Several processes do random I/O to files that are shared and taken apart all the while; no byte is ever wrong.
 
 What each does is in `exerciser`. DEDUPFS_RANDOM=10 runs ten times as long, DEDUPFS_SEED lets each do the same again.
 """

@@ -1,5 +1,6 @@
 """Random operations on the mount, and the same on a plain directory of the same filesystem: same answers, same errors,
-same tree, same bytes. In between everything is settled, so that what the operations meet are references.
+same tree, same bytes. In between everything is settled, so that what the operations meet are references, and now and
+then the daemon ends, or is killed, and starts again.
 
 Contents come from a small pool, so that most files have a duplicate. DEDUPFS_RANDOM=10 runs ten times as long,
 DEDUPFS_SEED repeats a run. A failure prints everything that was done in its example; with DEDUPFS_SHRINK=1 hypothesis
@@ -378,7 +379,8 @@ class Operations(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        name = f"example-{next(self.numbers)}"
+        self.number = next(self.numbers)
+        name = f"example-{self.number}"
         self.mount = Side(self.mounted.path(name))
         self.plain = Side(self.plain_parent / name)
         self.sides = (self.mount, self.plain)
@@ -453,6 +455,14 @@ class Operations(RuleBasedStateMachine):
                 self.compare()
                 for slot in list(self.plain.handles):
                     self.both("close", slot)
+                if self.number % 10 == 5:
+                    self.trace.append("remount")
+                    self.mounted.restart()
+                elif self.number % 10 == 0:
+                    self.trace.append("kill and mount again")
+                    self.mounted.kill()
+                    self.mounted.start()
+                    self.compare()
                 self.settle()
                 self.compare()
                 self.compare_answers()
