@@ -354,6 +354,8 @@ class FileIo:
             count = self._copy_as_reference(source, target, length)
             if count:
                 return count
+        if source_offset >= os.fstat(source.own_fd).st_size:
+            return 0
         inode = target.inode
         with inode.lock:
             self._materialise(inode, target.own_fd)

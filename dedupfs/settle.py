@@ -425,9 +425,12 @@ class Settler:
                     undecided = len(self._journal) or self._backlog
                 if undecided or self._openfiles.uses(content):
                     continue
-                if not self.is_referenced(content):
-                    self._unlink_blob(content)
                 self._unreferenced.discard(content)
+                if not self.is_referenced(content):
+                    try:
+                        self._unlink_blob(content)
+                    except OSError as error:
+                        log.warning("blob %s cannot be removed; the next scan tries again: %s", content.name, error)
 
     def is_referenced(self, content: ContentKey) -> bool:
         """Whether the index knows a reference to this content."""

@@ -170,7 +170,7 @@ class App:
         encoded, half = os.fsencode(path), len(data) // 2
         parts: list[World] = [{path: None}]
         parts += [{path: State.of(part)} for part in (b"", data[:half], data)]
-        with self._call("write", parts):
+        with self._call("write", parts, parts[:-1]):
             with self._open(path, os.O_WRONLY | os.O_EXCL, create=0o600) as handle:
                 self._write(handle, data[:half], 0)
                 self._write(handle, data[half:], half)
@@ -214,7 +214,8 @@ class App:
         before = self.contents[path]
         after = before[:size_bytes].ljust(size_bytes, b"\0")
         state = self.ledger.certain[path]
-        with self._call("truncate", [{path: state}, {path: state.with_content(after)}]):
+        worlds: list[World] = [{path: state}, {path: state.with_content(after)}]
+        with self._call("truncate", worlds, worlds):
             self._vfs.truncate(os.fsencode(path), None, size_bytes, self.caller)
             self.contents[path] = after
 
@@ -238,9 +239,8 @@ class App:
                 self._open(target, os.O_WRONLY | os.O_EXCL, create=0o640) as writing,
             ):
                 done = 0
-                while count := self._vfs.io.copy_range(reading, done, writing, done, 1 << 30, self.caller):
-                    done += count
-                assert done == len(data)
+                while done < len(data):  # the kernel does not ask beyond the end
+                    done += self._vfs.io.copy_range(reading, done, writing, done, 1 << 30, self.caller)
             self.contents[target] = data
 
     def restore(self, engine: Engine) -> None:
@@ -263,7 +263,8 @@ class App:
         """Unlink an open file the way libfuse does, and answer what can still be read of it."""
         hidden = ".fuse_hidden" + "0" * 15 + "1"
         data = b""
-        with self._call("unlink", [{path: self.ledger.certain[path]}, {path: None}]):
+        worlds: list[World] = [{path: self.ledger.certain[path]}, {path: None}]
+        with self._call("unlink", worlds, worlds):
             with self._open(path, os.O_RDONLY) as handle:
                 self._vfs.rename(os.fsencode(path), os.fsencode(hidden), 0)
                 buffer = bytearray(len(self.contents[path]))
@@ -359,6 +360,11 @@ def _three_shared(run: Run) -> None:
     _two_equal(run)
     run.app.write("three.jpg", photo("a"))
     run.settle()
+
+
+def _saving(run: Run) -> None:
+    _two_shared(run)
+    run.app.write("draft", photo("new"))
 
 
 def _third(run: Run) -> None:
@@ -493,13 +499,13 @@ def _unlink_all(run: Run) -> None:
 
 
 def _unlink_open(run: Run) -> None:
-    assert run.app.unlink_while_reading(ONE) == photo("a")
+    read = run.app.unlink_while_reading(ONE)
+    assert read == photo("a") or run.app.errors
     run.settle()
 
 
 def _rename_over(run: Run) -> None:
     """How editors save: a new file over the old name."""
-    run.app.write("draft", photo("new"))
     run.app.rename("draft", ONE)
     run.app.rename("other.jpg", TWO)
     run.settle()
@@ -568,7 +574,7 @@ SCENARIOS = {
     "restore": Scenario(_three_shared, _restore, keeps_plain=True),
     "unlink the last reference": Scenario(_two_shared, _unlink_all),
     "unlink an open reference": Scenario(_two_shared, _unlink_open),
-    "rename over references": Scenario(_two_shared, _rename_over),
+    "rename over references": Scenario(_saving, _rename_over),
     "first start": Scenario(_no_store, _first_start, reflinks=True),
     "stop and start": Scenario(_two_equal, _restart, reflinks=True),
     "unlink the last reference and stop": Scenario(_two_shared, _unlink_and_stop),

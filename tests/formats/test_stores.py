@@ -32,7 +32,7 @@ def silent(phase: str, done: int, total: int | None) -> None:
 
 def record(flags: int = 0, collision: int = 0, mtime_ns: int = 0, version: int = 1) -> bytes:
     body = bytes([version, flags]) + collision.to_bytes(2, "big") + len(PICTURE).to_bytes(8, "big")
-    body += bytes.fromhex(DIGEST) + mtime_ns.to_bytes(8, "big")
+    body += bytes.fromhex(DIGEST) + (mtime_ns // 10**9).to_bytes(8, "big") + (mtime_ns % 10**9).to_bytes(4, "big")
     return body + zlib.crc32(body).to_bytes(4, "big")
 
 

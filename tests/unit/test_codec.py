@@ -28,7 +28,7 @@ RECORD = codec.encode_file(FileRecord(Stamp(1, 2, 3), FileState.REFERENCE, Conte
 @given(references)
 def test_reference(reference: Reference) -> None:
     value = codec.encode_reference(reference)
-    assert len(value) == 40
+    assert len(value) == 44
     assert codec.decode_reference(value) == reference
 
 
