@@ -175,7 +175,7 @@ class App:
                 self._write(handle, data[:half], 0)
                 self._write(handle, data[half:], half)
             self.contents[path] = data
-        if path not in self.contents:
+        if self.contents.get(path) != data:
             return
         owner = owner if os.geteuid() == 0 and owner is not None else (os.geteuid(), os.getegid())
         named = tuple(sorted((name, value.hex()) for name, value in (xattrs or {}).items()))
@@ -261,16 +261,17 @@ class App:
 
     def unlink_while_reading(self, path: str) -> bytes:
         """Unlink an open file the way libfuse does, and answer what can still be read of it."""
-        hidden = ".fuse_hidden" + "0" * 15 + "1"
+        name = b".fuse_hidden" + b"0" * 15 + b"1"
         data = b""
         worlds: list[World] = [{path: self.ledger.certain[path]}, {path: None}]
         with self._call("unlink", worlds, worlds):
             with self._open(path, os.O_RDONLY) as handle:
-                self._vfs.rename(os.fsencode(path), os.fsencode(hidden), 0)
+                self._vfs.hide(os.fsencode(path), name)
                 buffer = bytearray(len(self.contents[path]))
                 self._vfs.io.read(handle, memoryview(buffer), 0)
                 data = bytes(buffer)
-            self._vfs.unlink(os.fsencode(hidden))
+            with contextlib.suppress(FileNotFoundError):
+                self._vfs.unlink(name)
             del self.contents[path]
         return data
 

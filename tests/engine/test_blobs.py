@@ -58,6 +58,17 @@ def test_removed_just_before_the_end(shared: Bench) -> None:
     shared.open()
 
 
+def test_removed_just_before_the_end_beside_a_backlog(shared: Bench) -> None:
+    """The same with a file waiting that nobody has looked at yet, and which might be a reference."""
+    shared.write("new", b"new")
+    shared.reopen()  # the queue that was saved is a backlog now
+    shared.unlink("one")
+    shared.unlink("two")
+    shared.reopen()
+    shared.settle()
+    assert shared.blobs() == []
+
+
 def test_it_stays_while_an_open_handle_reads_it(shared: Bench) -> None:
     reader = shared.open_file("one")
     shared.unlink("one")

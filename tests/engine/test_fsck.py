@@ -145,11 +145,11 @@ def resized(bench: Bench) -> None:
 
 
 def damaged_record(bench: Bench) -> None:
-    os.setxattr(bench.below("one"), bench.reference_xattr, b"\x01" + bytes(39))
+    os.setxattr(bench.below("one"), bench.reference_xattr, b"\x01" + bytes(43))
 
 
 def record_of_a_newer_version(bench: Bench) -> None:
-    os.setxattr(bench.below("one"), bench.reference_xattr, b"\x02" + bytes(39))
+    os.setxattr(bench.below("one"), bench.reference_xattr, b"\x02" + bytes(43))
 
 
 def missing_blob(bench: Bench) -> None:

@@ -550,6 +550,39 @@ def test_a_write_between_two_looks_is_not_hidden_by_a_chmod(known: Bench) -> Non
     assert Key.of(known.below("known").stat()) != Key.of(known.below("new").stat())
 
 
+def test_renamed_while_open_for_writing_and_not_written(known: Bench) -> None:
+    """Its ctime changes, its content does not."""
+    with known.opened("known", os.O_RDWR):
+        known.rename("known", "d/moved")
+        known.settle()
+    known.settle()
+    assert known.digest("d/moved")
+
+
+@pytest.mark.parametrize("touch", ["unlink", "chmod", "xattr", "link"])
+def test_a_link_goes_and_then_its_directory_moves(known: Bench, touch: str) -> None:
+    """What changes the ctime is told before the path is another one, and looked at after."""
+    known.write("d/file", content("lonely"))
+    known.link("d/file", "link")
+    known.settle()
+    settled = known.engine.settler.settled
+    match touch:
+        case "unlink":
+            known.unlink("link")
+        case "chmod":
+            known.unlink("link")
+            known.settle()
+            known.engine.vfs.chmod(b"d/file", None, 0o600)
+        case "xattr":
+            known.engine.vfs.setxattr(b"d/file", b"user.comment", b"x", 0)
+        case "link":
+            known.link("d/file", "d/e/third")
+    known.rename("d", "moved")
+    known.settle()
+    assert known.digest("moved/file")
+    assert known.engine.settler.settled == settled
+
+
 @pytest.mark.parametrize("kind", ["symlink", "fifo", "directory"])
 def test_something_else_takes_its_place_and_its_number(known: Bench, kind: str) -> None:
     """rm file; ln -s x file: the same path, and on ext4 the same inode number, but no file any more."""

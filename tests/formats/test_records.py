@@ -12,7 +12,7 @@ from dedupfs.model import ContentKey, Digest, FileRecord, FileState, Ino, Link, 
 DIGEST = Digest(bytes.fromhex("000102030405060708090a0b0c0d0e0f"))
 
 REFERENCES = {
-    #  version, flags, collision, size, digest, mtime, CRC-32
+    # version, flags, collision, size, digest, mtime in seconds and nanoseconds, CRC-32
     "01 00 0000 0000000000003039 000102030405060708090a0b0c0d0e0f 0000000000000000 00000000 be2b320e": Reference(
         ContentKey(DIGEST), 12345
     ),

@@ -260,8 +260,11 @@ class Exerciser:
         self.log.append("ask")
         os.close(self._fd)
         digest = os.getxattr(self._path, "user.dedupfs.digest").decode()
-        if digest != xxhash.xxh3_128_hexdigest(self._model):
-            raise Wrong(f"user.dedupfs.digest is {digest}")
+        expected = xxhash.xxh3_128_hexdigest(self._model)
+        if digest != expected:
+            again = os.getxattr(self._path, "user.dedupfs.digest").decode()
+            self._compare_file(self._path, bytes(self._model))
+            raise Wrong(f"user.dedupfs.digest is {digest} instead of {expected} (then {again}), its bytes are right")
         self._fd = os.open(self._path, os.O_RDWR)
 
     def become_common(self) -> None:

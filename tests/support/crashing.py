@@ -169,13 +169,11 @@ class SteppingBacking(Backing):
                 return steps.perform("create", lambda: open_(path, flags, mode))
             return open_(path, flags, mode)
 
-        seal = self.fset_immutable
+        set_flag = self.fset_immutable
 
-        def fset_immutable(fd: int, *, immutable: bool) -> bool:
-            try:
-                return seal(fd, immutable=immutable)
-            except OSError:
-                return False  # it raises nothing
+        def fset_immutable(fd: int, *, immutable: bool) -> None:
+            with contextlib.suppress(OSError):  # it never raises one
+                set_flag(fd, immutable=immutable)
 
         setattr(self, "copy_range", copy_range)  # noqa: B010 - methods replaced on purpose
         setattr(self, "open", open_or_create)  # noqa: B010

@@ -20,7 +20,8 @@ import pytest
 from dedupfs import __version__, errors
 from dedupfs.backing import Backing
 from dedupfs.cli import main, output, targets
-from dedupfs.control import Command, Progress, Server
+from dedupfs.control import Command, Server
+from dedupfs.model import Progress
 from dedupfs.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -18,8 +18,9 @@ import pytest
 
 from dedupfs import control, errors
 from dedupfs.backing import Backing
-from dedupfs.control import Command, Progress, Server
+from dedupfs.control import Command, Server
 from dedupfs.errors import Busy, DedupfsError, NotMounted, SourceError, StoreError, UsageError
+from dedupfs.model import Progress
 from dedupfs.store import Store
 
 PATIENCE_S = 10.0

@@ -6,9 +6,9 @@ from typing import cast
 import pytest
 
 from dedupfs import mount
-from dedupfs.control import Progress
 from dedupfs.engine import Engine
 from dedupfs.errors import SourceError, UsageError
+from dedupfs.model import Progress
 
 
 class Recorder:
