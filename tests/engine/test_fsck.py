@@ -160,6 +160,7 @@ def missing_blob(bench: Bench) -> None:
 def short_blob(bench: Bench) -> None:
     unprotect(bench.the_blob())
     os.truncate(bench.the_blob(), BLOCK)
+    bench.the_blob().chmod(0o400)
 
 
 def unsealed_mode(bench: Bench) -> None:

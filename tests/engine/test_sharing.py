@@ -126,7 +126,9 @@ def test_what_is_the_files_own_stays(bench: Bench) -> None:
         subprocess.run(["setfacl", "-m", f"u:{2000 + number}:rw", str(path)], check=True)
         if os.geteuid() == 0:
             os.chown(path, 1000 + number, 3000 + number)
-        os.utime(path, ns=(10**18 + number, 10**18 + 123_456_789 + number))
+        # one of them from before 1970, one from after 2262, where 64 bits of nanoseconds end
+        mtime_ns = (-(10**18), 10**18, 14 * 10**18)[number] + 123_456_789
+        os.utime(path, ns=(10**18 + number, mtime_ns))
         described.append(_attributes(path))
     bench.settle()
     assert all(bench.state(name) != "plain" for name in ("one", "two", "three"))
