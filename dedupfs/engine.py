@@ -73,8 +73,8 @@ class Engine:
         note = self.settler.note
         self.references = ReferenceSharing(backing, self.blobs, self.openfiles, self.gate, note)
         self.references.sweep()
-        orphans = Orphans(backing, self.openfiles, self.settler)
-        orphans.sweep()
+        self._orphans = Orphans(backing, self.openfiles, self.settler)
+        self._orphans.sweep()
         self.sharing: Sharing = ReflinkSharing(backing, self.gate, note) if by_reflink else self.references
         recording = Recording(backing, self.settler.is_pending, self.settler.offer, lambda path: self.on_replaced(path))
         self.settler.attach(
@@ -110,11 +110,11 @@ class Engine:
             self.gate,
             self.references,
             self.settler,
-            orphans,
+            self._orphans,
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
         )
-        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, orphans)
+        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, self._orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
@@ -163,8 +163,9 @@ class Engine:
         agrees = True
         try:
             self.vfs.io.release_all()
+            self._orphans.sweep()
             self.settler.stop()
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             agrees = False
             log.error("%s; the tree is walked at the next start", error)
         self._as_caller.close()

@@ -57,8 +57,10 @@ class Matcher:
         self._recording, self._on_replaced = recording, on_replaced
         self._offer, self._postpone = offer, postpone
 
-    def settle(self, batch: Batch, ino: Ino, path: bytes, digest: Digest | None) -> None:
-        """Record and share the file at `path`, whose inode was `ino` and whose digest may be known already.
+    def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]) -> None:
+        """Record and share the file at `path`, whose inode was `ino`.
+
+        `written_digest` is asked once nobody can write any more: its digest as it was computed while it was written.
 
         Raises FileNotFoundError when another inode is there, InUse and GivenUp when an app writes to it, Changed when
         it has to be looked at again, OSError when it cannot be read; it is then as it was, or shared and recorded.
@@ -87,7 +89,7 @@ class Matcher:
                 if st.st_size - st.st_blocks * 512 > _MOST_HOLE_BYTES:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     return
-                self._match(batch, file, self._digest(batch, file, digest))
+                self._match(batch, file, self._digest(batch, file, written_digest()))
             finally:
                 os.close(fd)
 

@@ -6,9 +6,9 @@ name it any more when its directory went as well, and when the unlink comes betw
 it, nobody would. What libfuse still asks about such a name then is answered as for a file that is gone.
 """
 
+import logging
 import os
 import threading
-from contextlib import suppress
 
 from .backing import Backing
 from .journal import Unnamed
@@ -16,6 +16,8 @@ from .model import Ino, Link
 from .openfiles import Key, OpenFiles
 from .settle import Settler
 from .store import ORPHANS
+
+log = logging.getLogger(__name__)
 
 
 class Orphans:
@@ -27,9 +29,9 @@ class Orphans:
         self._keys: dict[bytes, Key] = {}
 
     def sweep(self) -> None:
-        """Remove what a crash left: nobody has it open any more. Only before anything is served."""
+        """Remove what a crash left, or what could not be removed: only while nothing is served, and nothing open."""
         for entry in list(self._backing.scandir(ORPHANS)):
-            self._backing.unlink(ORPHANS + b"/" + os.fsencode(entry.name))
+            self._unlink(ORPHANS + b"/" + os.fsencode(entry.name), Key(self._backing.device, Ino(entry.inode())))
 
     def path(self, name: bytes) -> bytes | None:
         """Where the orphan of this name is, None when there is none."""
@@ -54,13 +56,19 @@ class Orphans:
         with self._lock:
             names = [name for name, of in self._keys.items() if of == key]
             for name in names:
-                path = ORPHANS + b"/" + name
-                with suppress(FileNotFoundError):
-                    fd = self._backing.open(path, os.O_PATH)
-                    try:
-                        self._backing.unlink(path)
-                        gone = os.fstat(fd).st_nlink == 0
-                        self._settler.note(Unnamed(Ino(key.ino), Link(Ino(0), name), gone=gone))
-                    finally:
-                        os.close(fd)
+                try:
+                    self._unlink(ORPHANS + b"/" + name, key)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    log.warning("an unlinked file cannot be removed; the next stop tries again: %s", error)
+                    continue
                 del self._keys[name]
+
+    def _unlink(self, path: bytes, key: Key) -> None:
+        fd = self._backing.open(path, os.O_PATH)
+        try:
+            self._backing.unlink(path)
+            self._settler.note(Unnamed(key.ino, Link(Ino(0), b"?"), gone=os.fstat(fd).st_nlink == 0))
+        finally:
+            os.close(fd)

@@ -117,7 +117,9 @@ class Settler:
         with self._condition:
             if ino in self._fresh or ino in self._backlog or ino in self._working:
                 return True
-        return self._openfiles.is_written(Key(self._device, ino))
+        # One that an app may write to is looked at when it is closed, also if it was not written to.
+        key = Key(self._device, ino)
+        return self._openfiles.is_written(key) and self._openfiles.settle_when_closed(key)
 
     # -- called by a scan ---------------------------------------------------------------------------------------------
 
@@ -233,6 +235,8 @@ class Settler:
             self._apply_journal(batch)
             self._commit(batch)
             self._remove_unreferenced()
+            if self._unreferenced:
+                self._index.set_incomplete()  # the walk of the next start finds the blobs that had to stay
         queued = {**self._settled, **self._backlog, **self._working, **self._fresh}
         waiting = {ino: item.path for ino, item in queued.items()}
         self._index.save_queue(list({**self._postponed, **waiting}.items()))
@@ -326,9 +330,16 @@ class Settler:
             self._recording.apply(batch, entry)
 
     def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> None:
+        def written_digest() -> Digest | None:
+            """The digest of what was written, unless the file was written and closed again since it was taken."""
+            with self._condition:
+                if ino in self._fresh:
+                    raise Changed("written again")
+                return item.digest
+
         for _ in range(_MOST_MOVES):
             try:
-                self._matcher.settle(batch, ino, item.path, item.digest)
+                self._matcher.settle(batch, ino, item.path, written_digest)
             except (InUse, GivenUp):
                 if not self._openfiles.settle_when_closed(Key(self._device, ino)):
                     self._again(ino, item)

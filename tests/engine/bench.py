@@ -28,8 +28,13 @@ PATIENCE_S = 20.0
 
 BLOCK = 4096
 
-# What the kernel passes on of an app: here the test itself.
-ME = Caller(uid=os.geteuid(), gid=os.getegid(), pid=os.getpid(), umask=0o022)
+
+def me() -> Caller:
+    """What the kernel passes on of an app: here the test itself."""
+    return Caller(uid=os.geteuid(), gid=os.getegid(), pid=os.getpid(), umask=0o022)
+
+
+ME = me()
 
 
 def content(label: str, size_bytes: int = 3 * BLOCK + 100) -> bytes:
@@ -213,11 +218,11 @@ class Bench:
     # -- what apps do -------------------------------------------------------------------------------------------------
 
     def open_file(self, path: str, flags: int = os.O_RDONLY) -> Handle:
-        return self.engine.vfs.open(os.fsencode(path), flags, ME)
+        return self.engine.vfs.open(os.fsencode(path), flags, me())
 
     def create_file(self, path: str, mode: int = 0o644) -> Handle:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        return self.engine.vfs.create(os.fsencode(path), flags, stat.S_IFREG | mode, ME)
+        return self.engine.vfs.create(os.fsencode(path), flags, stat.S_IFREG | mode, me())
 
     def close_file(self, handle: Handle) -> None:
         self.engine.vfs.io.flush(handle)
@@ -243,7 +248,7 @@ class Bench:
         done = 0
         while done < len(data):
             chunk = memoryview(data)[done : done + (128 << 10)]
-            done += self.engine.vfs.io.write(handle, chunk, offset + done, ME, cached=False)
+            done += self.engine.vfs.io.write(handle, chunk, offset + done, me(), cached=False)
 
     def read_from(self, handle: Handle) -> bytes:
         found = bytearray()
@@ -281,15 +286,15 @@ class Bench:
             target = self.create_file(new)
             try:
                 size_bytes = os.fstat(source.own_fd).st_size
-                done = first = self.engine.vfs.io.copy_range(source, 0, target, 0, size_bytes, ME)
+                done = first = self.engine.vfs.io.copy_range(source, 0, target, 0, size_bytes, me())
                 while done < size_bytes:
-                    done += self.engine.vfs.io.copy_range(source, done, target, done, size_bytes - done, ME)
+                    done += self.engine.vfs.io.copy_range(source, done, target, done, size_bytes - done, me())
                 return first
             finally:
                 self.close_file(target)
 
     def truncate(self, path: str, size_bytes: int) -> None:
-        self.engine.vfs.truncate(os.fsencode(path), None, size_bytes, ME)
+        self.engine.vfs.truncate(os.fsencode(path), None, size_bytes, me())
 
     def unlink(self, path: str) -> None:
         self.engine.vfs.unlink(os.fsencode(path))
@@ -305,7 +310,7 @@ class Bench:
         self.engine.vfs.link(os.fsencode(path), os.fsencode(new))
 
     def mkdir(self, path: str) -> None:
-        self.engine.vfs.mkdir(os.fsencode(path), 0o755, ME)
+        self.engine.vfs.mkdir(os.fsencode(path), 0o755, me())
 
     def rmdir(self, path: str) -> None:
         self.engine.vfs.rmdir(os.fsencode(path))
@@ -320,7 +325,7 @@ class Bench:
     # -- asking -------------------------------------------------------------------------------------------------------
 
     def xattr(self, path: str, name: str) -> bytes:
-        return self.engine.vfs.getxattr(os.fsencode(path), b"user.dedupfs." + name.encode(), ME)
+        return self.engine.vfs.getxattr(os.fsencode(path), b"user.dedupfs." + name.encode(), me())
 
     def state(self, path: str) -> str:
         return self.xattr(path, "state").decode()

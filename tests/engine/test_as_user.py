@@ -1,0 +1,176 @@
+"""Without root: references are kept in user.*, blobs are the user's own, and permissions bind dedupfs itself."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dedupfs.engine import rebuild
+from dedupfs.errors import DedupfsError
+from tests.support.acting import as_user
+from tests.support.filesystems import FilesystemPool, Unsupported, remove_tree
+
+from .bench import BLOCK, Bench, content, silent
+
+ALICE = 20001
+DATA = content("same", 3 * BLOCK + 3)
+
+Run = Callable[[Callable[[Bench], None]], None]
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def run(request: pytest.FixtureRequest, filesystem_pool: FilesystemPool) -> Iterator[Run]:
+    """Runs a test at a bench of Alice's own."""
+    try:
+        source = filesystem_pool.get(request.param).directory(request.node.name)
+    except Unsupported as problem:
+        pytest.skip(str(problem))
+    if os.geteuid() == 0:
+        os.chown(source, ALICE, ALICE)
+
+    def run_it(test: Callable[[Bench], None]) -> None:
+        def act() -> None:
+            bench = Bench(source)
+            bench.open()
+            bench.scan()
+            test(bench)
+            bench.finish()
+
+        as_user(ALICE, act)
+
+    yield run_it
+    remove_tree(source)
+
+
+def share(bench: Bench, *names: str) -> None:
+    for name in names:
+        bench.write(name, DATA)
+    bench.settle()
+    assert all(bench.state(name) == "reference" for name in names)
+
+
+def test_the_life_of_a_file(run: Run) -> None:
+    def test(bench: Bench) -> None:
+        share(bench, "one", "two", "three")
+        assert bench.duplicates("one") == ["three", "two"]
+        assert os.getxattr(bench.below("one"), "user.dedupfs.ref")
+        assert bench.engine.vfs.listxattr(b"one") == []
+        bench.write_at("one", b"CHANGED", 5)
+        bench.copy("two", "four")
+        bench.settle()
+        assert bench.read("one") == DATA[:5] + b"CHANGED" + DATA[12:]
+        assert bench.read("four") == DATA
+        bench.crash()
+        bench.recover()
+        assert bench.duplicates("two") == ["four", "three"]
+        assert bench.engine.restore([], silent)["restored"] == 3
+        bench.settle()
+        assert bench.blobs() == []
+        assert bench.below("three").read_bytes() == DATA
+
+    run(test)
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o400, 0o555])
+def test_restoring_what_may_not_be_written(run: Run, mode: int) -> None:
+    """The owner may not write to it; it is to be a plain file all the same, with the mode it had."""
+
+    def test(bench: Bench) -> None:
+        share(bench, "one", "two")
+        for name in ("one", "two"):
+            bench.engine.vfs.chmod(name.encode(), None, mode)
+        bench.settle()
+        answer = bench.engine.restore([], silent)
+        assert (answer["restored"], answer["failed"]) == (2, [])
+        assert bench.below("one").read_bytes() == DATA
+        assert bench.below("one").stat().st_mode & 0o7777 == mode
+        bench.settle()
+        assert bench.blobs() == []
+
+    run(test)
+
+
+def test_what_may_not_be_read_keeps_its_blob(run: Run) -> None:
+    """chmod 000 of a reference: dedupfs cannot see what it is, and must not take its blob for unused."""
+
+    def test(bench: Bench) -> None:
+        share(bench, "one", "two", "three")
+        bench.engine.vfs.chmod(b"one", None, 0)
+        bench.unlink("two")
+        bench.unlink("three")
+        bench.settle()
+        assert len(bench.blobs()) == 1
+        bench.close()
+        rebuild(str(bench.source), silent)
+        assert len(bench.blobs()) == 1
+        assert bench.fsck(repair=True).exit_code in (0, 2)
+        assert len(bench.blobs()) == 1
+        bench.open()
+        bench.engine.vfs.chmod(b"one", None, 0o600)
+        assert bench.read("one") == DATA
+        bench.scan()
+        bench.expect_log("cannot be read|is not settled", "could not look at everything")
+
+    run(test)
+
+
+def test_a_directory_that_may_not_be_listed_keeps_its_blobs(run: Run) -> None:
+    def test(bench: Bench) -> None:
+        bench.mkdir("d")
+        share(bench, "d/one", "two")
+        bench.unlink("two")
+        bench.settle()
+        bench.below("d").chmod(0o300)
+        bench.close()
+        rebuild(str(bench.source), silent)
+        assert len(bench.blobs()) == 1
+        bench.below("d").chmod(0o755)
+        bench.open()
+        bench.scan()
+        assert bench.read("d/one") == DATA
+        bench.expect_log("cannot list", "could not look at everything")
+
+    run(test)
+
+
+def test_a_file_that_may_not_be_read_is_left_alone(run: Run) -> None:
+    def test(bench: Bench) -> None:
+        for name in ("one", "two"):
+            bench.write(name, DATA, 0o000)
+        bench.settle()
+        assert not bench.is_reference("one") if os.access(bench.below("one"), os.R_OK) else True
+        assert bench.blobs() == []
+        bench.expect_log("cannot be read|is not settled")
+        for name in ("one", "two"):
+            bench.below(name).chmod(0o600)
+        bench.scan()
+        assert bench.state("one") == "reference"
+
+    run(test)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root and somebody else")
+def test_roots_store_is_not_the_users(filesystem_pool: FilesystemPool) -> None:
+    directory = filesystem_pool.get("ext4").directory("roots store")
+    bench = Bench(directory)
+    bench.open()
+    share(bench, "one", "two")
+    bench.finish()
+    before = _files(directory)
+    os.chown(directory, ALICE, ALICE)
+    os.chown(directory / ".dedupfs", ALICE, ALICE)
+    for name in ("format", "lock"):
+        os.chown(directory / ".dedupfs" / name, ALICE, ALICE)
+
+    def refuse() -> None:
+        with pytest.raises(DedupfsError):
+            Bench(directory).open()
+
+    as_user(ALICE, refuse)
+    assert _files(directory) == before
+    remove_tree(directory)
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(str(path) for path in directory.rglob("*"))
