@@ -221,7 +221,14 @@ class FileIo:
         """
         key = Key.of(self._backing.lstat(path))
         with self._openfiles.writing_intent(key), self._gate.shared():
-            handle = self._register(path, os.O_RDWR)
+            forced_mode = None
+            try:
+                handle = self._register(path, os.O_RDWR)
+            except PermissionError:
+                # An ordinary user's own file that he made read-only: writable for as long as this takes.
+                forced_mode = stat.S_IMODE(self._backing.lstat(path).st_mode)
+                self._backing.chmod(path, forced_mode | stat.S_IRUSR | stat.S_IWUSR)
+                handle = self._register(path, os.O_RDWR)
         try:
             inode = handle.inode
             with inode.lock:
@@ -234,6 +241,9 @@ class FileIo:
                 except OSError:
                     self._settler.note(Touched(inode.key.ino, path))  # as it was, but for its ctime
                     raise
+                finally:
+                    if forced_mode is not None:
+                        os.fchmod(handle.own_fd, forced_mode)
                 inode.become_plain()
             with self._gate.shared():
                 st = os.fstat(handle.own_fd)

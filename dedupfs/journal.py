@@ -120,6 +120,7 @@ class Recording:
         with each path that got another inode."""
         self._backing, self._on_replaced = backing, on_replaced
         self._is_pending, self._offer = is_pending, offer
+        self._untouched: set[Ino] = set()
 
     def apply(self, batch: Batch, entry: Entry) -> None:
         match entry:
@@ -210,6 +211,14 @@ class Recording:
             if st.st_ino == ino and st.st_size == record.stamp.size_bytes and not self._is_pending(ino):
                 batch.put_file(ino, record._replace(stamp=Stamp.of(st)))
                 return
+        self._untouched.add(ino)
+
+    def catch_up(self, batch: Batch) -> None:
+        """Look again for files that were not where the journal had come to: a directory above them was moved later."""
+        untouched, self._untouched = self._untouched, set()
+        for ino in untouched:
+            self._retouch(batch, ino)
+        self._untouched.clear()
 
     def _stats(self, paths: list[bytes]) -> list[os.stat_result]:
         found = []

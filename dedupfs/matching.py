@@ -88,6 +88,7 @@ class Matcher:
                     return
                 if st.st_size - st.st_blocks * 512 > _MOST_HOLE_BYTES:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
+                    batch.doubt_file(ino)
                     return
                 self._match(batch, file, self._digest(batch, file, written_digest()))
             finally:

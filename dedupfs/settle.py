@@ -328,6 +328,7 @@ class Settler:
             entries = self._journal.drain()
         for entry in entries:
             self._recording.apply(batch, entry)
+        self._recording.catch_up(batch)
 
     def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> None:
         def written_digest() -> Digest | None:

@@ -212,7 +212,9 @@ class Vfs:
             self._backing.link(path, new)
             st = self._backing.lstat(new)
             if stat.S_ISREG(st.st_mode):
-                self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(new), new))
+                # The old name as well: only settling has noted it, and that may go by the new one now.
+                for name in (path, new):
+                    self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(name), name))
             return st
 
     # -- opening and resizing -----------------------------------------------------------------------------------------

@@ -550,6 +550,14 @@ def test_a_write_between_two_looks_is_not_hidden_by_a_chmod(known: Bench) -> Non
     assert Key.of(known.below("known").stat()) != Key.of(known.below("new").stat())
 
 
+def test_linked_while_pending_and_written_through_the_other_name(known: Bench) -> None:
+    known.write("new", content("before"))
+    known.link("new", "d/other name")
+    known.write("d/other name", DATA)
+    known.settle()
+    assert known.duplicates("known") == ["d/other name", "new"]
+
+
 def test_renamed_while_open_for_writing_and_not_written(known: Bench) -> None:
     """Its ctime changes, its content does not."""
     with known.opened("known", os.O_RDWR):

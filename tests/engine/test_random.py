@@ -264,9 +264,10 @@ class Model:
     def duplicates(self, name: str) -> list[str]:
         try:
             return self.bench.duplicates(name)
-        except OSError as error:
-            error.add_note(f"asking {name}")
-            raise
+        except OSError:
+            # Nothing is known of it now; asking has it looked at, which an engine with threads does while we wait.
+            self.bench.settle()
+            return self.bench.duplicates(name)
 
     def _hidden(self) -> set[int]:
         return {file for _, file, _ in self.handles} - set(self.names.values())

@@ -801,23 +801,31 @@ def renaming_special(place: Place) -> None:
 
 @case
 def renaming_hard_links(place: Place) -> None:
+    for what, label in itertools.product(("small", "file"), ("closed", "open")):
+        one, two = f"{what} one", f"{what} two"
+        shutil.copyfile(place[what], place[one])
+        os.link(place[one], place[two])
+        fds = [place.fd(one), place.fd(two)] if label == "open" else []
+        place.call(f"{label}: one name to the other", os.rename, place[one], place[two])
+        place.lstat(label, one)
+        place.lstat(label, two)
+        for fd in fds:
+            place.call(f"{label}: fstat", os.fstat, fd)
+        place.close()
+        for name in (one, two):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(place[name])
     for what in ("small", "file"):
-        os.link(place[what], place[f"{what}.2"])
-        for label, keep_open in (("closed", False), ("open", True)):
-            fds = [place.fd(what), place.fd(f"{what}.2")] if keep_open else []
-            place.call(f"{what} {label}: one name to the other", os.rename, place[what], place[f"{what}.2"])
-            place.lstat(label, what)
-            place.lstat(label, f"{what}.2")
-            for fd in fds:
-                place.call("fstat", os.fstat, fd)
-            place.close()
-        place.call("exchange", syscalls.renameat2, place[what].encode(), place[f"{what}.2"].encode(), RENAME_EXCHANGE)
-        place.call("noreplace", syscalls.renameat2, place[what].encode(), place[f"{what}.2"].encode(), RENAME_NOREPLACE)
-        place.call("over another", os.rename, place[f"{what}.2"], place["other"])
-        place.lstat("over another", what)
+        one, two = f"{what} one", f"{what} two"
+        os.rename(place[what], place[one])
+        os.link(place[one], place[two])
+        place.call("exchange", syscalls.renameat2, place[one].encode(), place[two].encode(), RENAME_EXCHANGE)
+        place.call("noreplace", syscalls.renameat2, place[one].encode(), place[two].encode(), RENAME_NOREPLACE)
+        place.call("over another", os.rename, place[two], place["other"])
+        place.lstat("over another", one)
         place.lstat("over another", "other")
         place.call("rename over one of two", os.rename, place.fresh("new"), place["other"])
-        place.lstat("rename over one of two", what)
+        place.lstat("rename over one of two", one)
         place.lstat("rename over one of two", "other")
 
 

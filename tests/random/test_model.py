@@ -43,7 +43,7 @@ from tests.support.syscalls import (
 
 LENGTH = float(os.environ.get("DEDUPFS_RANDOM", "1"))
 SHRINK = os.environ.get("DEDUPFS_SHRINK", "") not in ("", "0")
-EXAMPLES = 50
+EXAMPLES = 40
 STEPS = 60
 
 _noise = random.Random(1)
