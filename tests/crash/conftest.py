@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.crashing import Crasher
-from tests.support.filesystems import FilesystemPool, Unsupported, remove_tree
+from tests.support.filesystems import Filesystem, FilesystemPool, Unsupported, loop_filesystem, remove_tree, run
 
 from .stage import MakeStage, Stage
 
@@ -16,8 +16,21 @@ def crasher() -> Iterator[Crasher]:
         yield crasher
 
 
+@pytest.fixture(scope="session")
+def hasty_ext4(filesystem_pool: FilesystemPool) -> Iterator[Filesystem]:
+    """An ext4 whose fsync does not wait for the disk below: no kill of a process shows the difference."""
+    try:
+        with loop_filesystem("ext4", filesystem_pool.directory) as filesystem:
+            run("mount", "-o", "remount,barrier=0", filesystem.root)
+            yield filesystem
+    except Unsupported:
+        yield filesystem_pool.get("ext4")
+
+
 @pytest.fixture
-def stage(request: pytest.FixtureRequest, crasher: Crasher, filesystem_pool: FilesystemPool) -> Iterator[MakeStage]:
+def stage(
+    request: pytest.FixtureRequest, crasher: Crasher, filesystem_pool: FilesystemPool, hasty_ext4: Filesystem
+) -> Iterator[MakeStage]:
     """Makes stages; what was played on them is removed afterwards."""
     directories = []
 
@@ -30,7 +43,7 @@ def stage(request: pytest.FixtureRequest, crasher: Crasher, filesystem_pool: Fil
         ordered: bool = True,
     ) -> Stage:
         try:
-            filesystem = filesystem_pool.get(kind)
+            filesystem = hasty_ext4 if kind == "ext4" else filesystem_pool.get(kind)
         except Unsupported as problem:
             pytest.skip(str(problem))
         directories.append(filesystem.directory(request.node.name))

@@ -51,10 +51,15 @@ def test_a_healthy_store(store: Bench) -> None:
 
 def test_what_is_pending_is_no_finding(store: Bench) -> None:
     store.open()
-    store.write("new", DATA)
-    store.write("one", b"changed")
+    store.write("new", content("new"))
+    for name in ("one", "d/two", "three"):
+        store.append(name, name.encode())  # nothing refers to the blob any more, and nobody has settled that
     store.close()
     assert store.checks() == []
+    store.open()
+    store.settle()
+    assert store.blobs() == []
+    store.close()
 
 
 def test_a_store_in_use_is_refused(store: Bench) -> None:

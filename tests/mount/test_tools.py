@@ -211,6 +211,8 @@ def test_tar_round_trip(mounted: Mounted, plain: Path) -> None:
     tool("rsync", "-aHAX", f"{plain}/", f"{mounted.path('tree')}/")
     mounted.settle()
     everything = ["--xattrs", "--acls", "--numeric-owner", "--format=posix"]
+    # tar puts empty files of mode 0 where symbolic links will be: an ordinary user's mount cannot read them meanwhile
+    mounted.expect_log(r"WARNING.*/odd/to .* is not settled: .*Permission denied")
     archive = mounted.path("tree.tar")
     # with --sparse tar asks where the holes are: a reference is no hole
     tool("tar", *everything, "--sparse", "--create", "--file", archive, "--directory", mounted.path("tree"), ".")
