@@ -93,7 +93,7 @@ def _check(source: str, progress: Progress, *, repair: bool) -> Report:
         try:
             index = stack.enter_context(Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.identity))
             report.findings += check_index(index, tree, backing, was_clean=store.was_clean)
-            tree.scanned = index.is_complete()
+            tree.scanned = index.is_complete() and not index.load_queue()  # what is pending may settle it
         except IndexDamaged as error:
             report.findings.append(Finding("index", INDEX, str(error)))
         for check in (check_leftovers, check_references, check_blobs):
@@ -198,7 +198,7 @@ def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding
             yield Finding("blob-links", path, f"has {st.st_nlink} links: a file outside can change it")
         if content not in tree.by_content:
             if not tree.scanned:
-                continue  # the scan that is still to finish removes it
+                continue  # what is still to be scanned or settled removes it
             repair = partial(blobs.remove, content) if tree.complete else None
             yield Finding("unreferenced-blob", path, "no reference names it", repair)
         elif st.st_nlink == 1 and (stat.S_IMODE(st.st_mode) != SEALED_MODE or (backing.privileged and st.st_uid)):
