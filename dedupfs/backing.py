@@ -222,13 +222,6 @@ class Backing:
     def futimens(fd: int, times: int | None) -> None:
         _check(_libc.futimens(fd, times))
 
-    def truncate(self, path: bytes, size_bytes: int) -> None:
-        fd = self.open(path, os.O_WRONLY)
-        try:
-            self.ftruncate(fd, size_bytes)
-        finally:
-            os.close(fd)
-
     def _xattr_path(self, path: bytes) -> bytes:
         # There is no getxattrat before Linux 6.13; the magic link leads into the source even where it is mounted over.
         return self._proc_prefix + (path or b".")
@@ -296,6 +289,11 @@ class Backing:
     @staticmethod
     def ftruncate(fd: int, size_bytes: int) -> None:
         os.ftruncate(fd, size_bytes)
+
+    @staticmethod
+    def truncate(fd: int, size_bytes: int) -> None:
+        """As truncate(2), which unlike ftruncate(2) need not touch the times of a file that has that size already."""
+        os.truncate(b"/proc/self/fd/%d" % fd, size_bytes)
 
     def punch(self, fd: int, size_bytes: int) -> None:
         """Give back all blocks of an inode, which keeps its size. Raises OSError (EOPNOTSUPP) where that cannot be."""

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 
 from .backing import Backing
@@ -136,7 +137,7 @@ class FileIo:
     def _prepare_for_writing(self, handle: Handle, flags: int, caller: Caller) -> None:
         inode = handle.inode
         if flags & os.O_TRUNC:
-            self._truncate(inode, handle.own_fd, 0)
+            self._truncate(inode, handle.own_fd, 0, self._backing.ftruncate)
             self._drop_privileges(inode, handle.own_fd, caller)
             return
         self._load(handle)
@@ -254,9 +255,12 @@ class FileIo:
             self.release(handle)
 
     def truncate(self, handle: Handle, size_bytes: int, caller: Caller) -> None:
+        self._resize(handle, size_bytes, caller, self._backing.ftruncate)
+
+    def _resize(self, handle: Handle, size_bytes: int, caller: Caller, resize: Callable[[int, int], None]) -> None:
         inode = handle.inode
         with inode.lock:
-            self._truncate(inode, handle.own_fd, size_bytes)
+            self._truncate(inode, handle.own_fd, size_bytes, resize)
             self._drop_privileges(inode, handle.own_fd, caller)
 
     def truncate_path(self, path: bytes, size_bytes: int, caller: Caller) -> None:
@@ -272,13 +276,13 @@ class FileIo:
                 if handle.inode.key == key:
                     with handle.inode.lock:
                         self._load(handle)
-                        self.truncate(handle, size_bytes, caller)
+                        self._resize(handle, size_bytes, caller, self._backing.truncate)
                     return
                 key = handle.inode.key
             finally:
                 self.release(handle)
 
-    def _truncate(self, inode: OpenInode, fd: int, size_bytes: int) -> None:
+    def _truncate(self, inode: OpenInode, fd: int, size_bytes: int, resize: Callable[[int, int], None]) -> None:
         """Caller holds the lock."""
         inode.dirty = True
         if size_bytes == 0:
@@ -286,14 +290,14 @@ class FileIo:
                 self._references.discard(fd)
                 inode.become_plain()
             else:
-                self._backing.ftruncate(fd, 0)
+                resize(fd, 0)
             inode.stream = StreamDigest()
             return
         if inode.reference is not None and size_bytes < inode.reference.size_bytes:
             self._materialise(inode, fd, size_bytes)
         else:
             self._materialise(inode, fd)
-        self._backing.ftruncate(fd, size_bytes)
+        resize(fd, size_bytes)
         if inode.stream is not None and size_bytes != inode.stream.length:
             inode.stream.spoil()
 

@@ -17,6 +17,7 @@ import stat
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,10 +68,6 @@ _KEPT = 0xFFFFFFFF  # chown's -1
 _CACHE_S = 30.0
 
 _MAX_WRITE_BYTES = 1 << 20
-
-# A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
-_THREADS = 64
-_IDLE_THREADS = 16
 
 # A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
 _THREADS = 64
@@ -198,6 +195,10 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._fuse: int | None = None
         self._names = _OtherNames()
         self._handles: dict[int, Handle] = {}
+        # What was done for the request that a thread serves (libfuse makes several calls for some), by thread: changed
+        # attributes in which request; hid an open file in which request, under which name.
+        self._set_attributes: dict[int, int] = {}
+        self._hid: dict[int, tuple[int, bytes]] = {}
         self._probed: dict[bytes, int] = {}  # names in libfuse's manner that were asked for, and by which request
         words: dict[str, object] = {
             "max_threads": _THREADS,
@@ -270,6 +271,9 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         handle = self._handle(fip)
         if handle is not None:
             found = self._vfs.getattr_open(handle)
+            if self._set_attributes.get(get_ident()) == _request():
+                # Here libfuse does not take off the link that it keeps of an unlinked file, as it does otherwise.
+                found = found._replace(nlink=found.nlink - self._vfs.names_hidden(handle))
         elif path is None:
             return -errno.ESTALE
         else:
@@ -319,6 +323,10 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             # Within one request libfuse asked whether the name is free, and now moves a file there: an app that renames
             # a file to such a name asks and renames in two.
             self._invalidate_others(self._vfs.hide(old, name), old)
+            self._hid[get_ident()] = (_request(), name)
+            return
+        hid_in, hidden = self._hid.pop(get_ident(), (0, b""))
+        if hid_in and hid_in == _request() and self._vfs.unhide(hidden, relative, old):
             return
         st, replaced = self._vfs.rename(old, relative, flags)
         if flags & RENAME_EXCHANGE and replaced is not None:
@@ -365,6 +373,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     # -- attributes ---------------------------------------------------------------------------------------------------
 
     def _target(self, path: bytes | None, fip: Any) -> tuple[bytes | None, Handle | None]:
+        self._set_attributes[get_ident()] = _request()
         handle = self._handle(fip)
         if handle is None and path is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -398,7 +407,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         return _answer(self._vfs.getxattr(_relative(path), name, _caller()), value, size)
 
     def listxattr(self, path: bytes, names: Any, size: int) -> int:
-        return _answer(b"".join(name + b"\0" for name in self._vfs.listxattr(_relative(path))), names, size)
+        return _answer(b"".join(name + b"\0" for name in self._vfs.listxattr(_relative(path), _caller())), names, size)
 
     def removexattr(self, path: bytes, name: bytes) -> None:
         self._vfs.removexattr(_relative(path), name)

@@ -94,6 +94,10 @@ class Vfs:
         blocks = _full_blocks(st) if handle.inode.reference is not None else st.st_blocks
         return Attributes(st, blocks, st.st_nlink)
 
+    def names_hidden(self, handle: Handle) -> int:
+        """How many of an open file's links nobody sees, since they were unlinked."""
+        return self._orphans.count(handle.inode.key)
+
     def _attributes(self, st: os.stat_result, path: bytes) -> Attributes:
         """What to report of an inode: of a reference the blocks of its content, so that nobody takes it for a file of
         holes; of the root no link from the store."""
@@ -275,6 +279,21 @@ class Vfs:
             self._backing.rmdir(path)
             self._settler.note(DirectoryNamed(Ino(os.fstat(fd).st_ino), None))
 
+    def unhide(self, name: bytes, path: bytes, other: bytes) -> bool:
+        """Let a file that was just hidden from `path` be there again, if it is what is at `other` as well: renaming
+        one name of an inode to another leaves both (rename(2)). Answers whether it was so."""
+        path, other = self._resolve(path), self._resolve(other)
+        with self._gate.shared():
+            st = self._backing.lstat(other)
+            orphan = self._orphans.path(name)
+            if orphan is None or Key.of(self._backing.lstat(orphan)) != Key.of(st):
+                return False
+            # The orphan stays beside it, since libfuse goes on asking for it by that name.
+            self._backing.link(orphan, path)
+            if stat.S_ISREG(st.st_mode):
+                self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
+            return True
+
     def rename(self, path: bytes, new: bytes, flags: int) -> tuple[os.stat_result, os.stat_result | None]:
         """Answers the attributes of what was moved, and of what it replaced or was exchanged with."""
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
@@ -374,9 +393,9 @@ class Vfs:
             self._backing.setxattr(backing_path, name, value, flags)
             self._note_touched(path, None, privileges=name == _CAPABILITY)
 
-    def listxattr(self, path: bytes) -> list[bytes]:
-        names = self._backing.listxattr(self._resolve(path))
-        return [name for name in names if not name.startswith(_RESERVED_XATTRS)]
+    def listxattr(self, path: bytes, caller: Caller) -> list[bytes]:
+        hidden = _RESERVED_XATTRS if caller.uid == 0 else (*_RESERVED_XATTRS, b"trusted.")  # xattr(7)
+        return [name for name in self._backing.listxattr(self._resolve(path)) if not name.startswith(hidden)]
 
     def removexattr(self, path: bytes, name: bytes) -> None:
         backing_path = self._resolve(path)

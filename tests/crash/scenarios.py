@@ -71,7 +71,7 @@ class App:
             return None
         xattrs = [
             (os.fsdecode(name), self._vfs.getxattr(encoded, name, self.caller).hex())
-            for name in sorted(self._vfs.listxattr(encoded))
+            for name in sorted(self._vfs.listxattr(encoded, self.caller))
             if name.startswith(b"user.")
         ]
         return State.of(

@@ -11,7 +11,7 @@ from dedupfs.errors import DedupfsError
 from tests.support.acting import as_user
 from tests.support.filesystems import FilesystemPool, Unsupported, remove_tree
 
-from .bench import BLOCK, Bench, content, silent
+from .bench import BLOCK, ME, Bench, content, silent
 
 ALICE = 20001
 DATA = content("same", 3 * BLOCK + 3)
@@ -55,7 +55,7 @@ def test_the_life_of_a_file(run: Run) -> None:
         share(bench, "one", "two", "three")
         assert bench.duplicates("one") == ["three", "two"]
         assert os.getxattr(bench.below("one"), "user.dedupfs.ref")
-        assert bench.engine.vfs.listxattr(b"one") == []
+        assert bench.engine.vfs.listxattr(b"one", ME) == []
         bench.write_at("one", b"CHANGED", 5)
         bench.copy("two", "four")
         bench.settle()

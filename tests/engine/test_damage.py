@@ -327,7 +327,7 @@ def test_a_forged_reference_is_hidden_from_apps(bench: Bench) -> None:
     bench.write("two", DATA)
     bench.engine.settle(impatient())
     assert bench.is_reference("one")
-    assert bench.engine.vfs.listxattr(b"one") == []
+    assert bench.engine.vfs.listxattr(b"one", ME) == []
     with pytest.raises(OSError) as caught:
         bench.engine.vfs.getxattr(b"one", bench.reference_xattr.encode(), ME)
     assert caught.value.errno == errno.ENODATA
