@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 
 from .backing import Backing
@@ -137,7 +136,7 @@ class FileIo:
     def _prepare_for_writing(self, handle: Handle, flags: int, caller: Caller) -> None:
         inode = handle.inode
         if flags & os.O_TRUNC:
-            self._truncate(inode, handle.own_fd, 0, self._backing.ftruncate)
+            self._truncate(inode, handle.own_fd, 0)
             self._drop_privileges(inode, handle.own_fd, caller)
             return
         self._load(handle)
@@ -255,12 +254,9 @@ class FileIo:
             self.release(handle)
 
     def truncate(self, handle: Handle, size_bytes: int, caller: Caller) -> None:
-        self._resize(handle, size_bytes, caller, self._backing.ftruncate)
-
-    def _resize(self, handle: Handle, size_bytes: int, caller: Caller, resize: Callable[[int, int], None]) -> None:
         inode = handle.inode
         with inode.lock:
-            self._truncate(inode, handle.own_fd, size_bytes, resize)
+            self._truncate(inode, handle.own_fd, size_bytes)
             self._drop_privileges(inode, handle.own_fd, caller)
 
     def truncate_path(self, path: bytes, size_bytes: int, caller: Caller) -> None:
@@ -276,13 +272,19 @@ class FileIo:
                 if handle.inode.key == key:
                     with handle.inode.lock:
                         self._load(handle)
-                        self._resize(handle, size_bytes, caller, self._backing.truncate)
+                        if size_bytes == os.fstat(handle.own_fd).st_size:
+                            # No byte changes, whatever the file is: what becomes of its times is the filesystem's say.
+                            self._backing.truncate(handle.own_fd, size_bytes)
+                            self._drop_privileges(handle.inode, handle.own_fd, caller)
+                            handle.inode.dirty = True
+                        else:
+                            self.truncate(handle, size_bytes, caller)
                     return
                 key = handle.inode.key
             finally:
                 self.release(handle)
 
-    def _truncate(self, inode: OpenInode, fd: int, size_bytes: int, resize: Callable[[int, int], None]) -> None:
+    def _truncate(self, inode: OpenInode, fd: int, size_bytes: int) -> None:
         """Caller holds the lock."""
         inode.dirty = True
         if size_bytes == 0:
@@ -290,14 +292,14 @@ class FileIo:
                 self._references.discard(fd)
                 inode.become_plain()
             else:
-                resize(fd, 0)
+                self._backing.ftruncate(fd, 0)
             inode.stream = StreamDigest()
             return
         if inode.reference is not None and size_bytes < inode.reference.size_bytes:
             self._materialise(inode, fd, size_bytes)
         else:
             self._materialise(inode, fd)
-        resize(fd, size_bytes)
+        self._backing.ftruncate(fd, size_bytes)
         if inode.stream is not None and size_bytes != inode.stream.length:
             inode.stream.spoil()
 

@@ -322,7 +322,9 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         if self._probed and self._probed.pop(name, None) == _request():
             # Within one request libfuse asked whether the name is free, and now moves a file there: an app that renames
             # a file to such a name asks and renames in two.
-            self._invalidate_others(self._vfs.hide(old, name), old)
+            st = self._vfs.hide(old, name)
+            self._names.moved(st, old, relative)
+            self._invalidate_others(st, relative)
             self._hid[get_ident()] = (_request(), name)
             return
         hid_in, hidden = self._hid.pop(get_ident(), (0, b""))

@@ -172,6 +172,8 @@ class Matcher:
     def _try_sharing(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
         try:
             return self._share(batch, file, content, others)
+        except (FileNotFoundError, NotADirectoryError):
+            raise Changed("one of the two was moved meanwhile") from None
         except OSError as error:
             if self._postpone(file.key.ino, file.path):
                 log.warning("cannot share %s now: %s", os.fsdecode(file.path), error)

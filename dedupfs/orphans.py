@@ -48,6 +48,11 @@ class Orphans:
         with self._lock:
             self._keys[name] = Key.of(st)
 
+    def unlinked(self, name: bytes) -> None:
+        """An orphan was removed by its name."""
+        with self._lock:
+            self._keys.pop(name, None)
+
     def let_go(self, key: Key) -> None:
         """Remove the orphans with this inode, unless it is open. Called after every release that may have been the
         last, and after `take_in`: whichever of the two comes second finds the other done."""

@@ -85,9 +85,10 @@ class Vfs:
     def getattr(self, path: bytes) -> Attributes:
         resolved = self._resolve(path)
         found = self._attributes(self._backing.lstat(resolved), resolved)
-        if resolved is path and (hidden := self._orphans.count(Key.of(found.st))):
-            return found._replace(nlink=found.nlink - hidden)
-        return found  # of an orphan itself libfuse takes the link off
+        hidden = self._orphans.count(Key.of(found.st))
+        if resolved is not path:
+            hidden -= 1  # the link of the orphan that is asked for, libfuse takes off
+        return found._replace(nlink=found.nlink - hidden) if hidden > 0 else found
 
     def getattr_open(self, handle: Handle) -> Attributes:
         st = os.fstat(handle.own_fd)
@@ -236,11 +237,13 @@ class Vfs:
 
     def unlink(self, path: bytes) -> os.stat_result:
         """Answers the attributes that the inode has then."""
-        path = self._resolve(path)
+        resolved = self._resolve(path)
         with self._gate.shared():
-            link = self._backing.link_of(path)
-            with self._pinned(path) as fd:
-                self._backing.unlink(path)
+            link = self._backing.link_of(resolved)
+            with self._pinned(resolved) as fd:
+                self._backing.unlink(resolved)
+                if resolved is not path:
+                    self._orphans.unlinked(path.rpartition(b"/")[2])
                 st = os.fstat(fd)
                 self._note_unnamed(st, link)
                 return st
