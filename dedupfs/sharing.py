@@ -353,7 +353,10 @@ class ReferenceSharing:
         count = 0
         for entry in list(self._backing.scandir(STAGING)):
             path = STAGING + b"/" + os.fsencode(entry.name)
-            st = self._backing.lstat(path)
+            try:
+                st = self._backing.lstat(path)
+            except FileNotFoundError:
+                continue  # the copy of a blob that was not finished: healing was undone before, which made it anew
             if entry.name.partition(".")[0] not in ("publish", "heal", "refer", "probe", "detach"):
                 # Not a name of ours. Somebody's bytes: keep them.
                 self._backing.rename(path, QUARANTINE + b"/" + os.fsencode(entry.name))
