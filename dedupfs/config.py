@@ -1,6 +1,7 @@
 """Settings: what the user chose, as small frozen values. The only reader of option strings, environment and /etc.
 
-`-o` takes the words of mount(8), because that is how fstab and administrators write them, and `share=`.
+`-o` takes the words of mount(8), because that is how fstab and administrators write them, `share=` and
+`passthrough=`.
 """
 
 import enum
@@ -21,11 +22,20 @@ class Share(enum.StrEnum):
     REFLINK = "reflink"
 
 
+class Passthrough(enum.StrEnum):
+    """Whether the kernel reads and writes backing files without asking the daemon."""
+
+    AUTO = "auto"  # where kernel, libfuse and rights allow it
+    ON = "on"  # or the mount fails
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """What `-o` said. The defaults are those of an offline command, which mounts nothing."""
 
     share: Share = Share.AUTO
+    passthrough: Passthrough = Passthrough.AUTO
     read_only: bool = False
     # Leave access times alone. The kernel keeps none for FUSE, so it is the daemon that has to open with O_NOATIME.
     noatime: bool = False
@@ -54,7 +64,16 @@ _ROOT_ONLY = ("dev", "suid")
 _NO_EFFECT = ("relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "nodiratime")
 _FOR_OTHERS = ("defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev")
 
-_KNOWN = [*_SWITCH_OF, "dirsync", *_NO_EFFECT, "allow_other", *(f"share={choice}" for choice in Share)]
+# The words that take a value.
+_CHOICES: dict[str, type[Share] | type[Passthrough]] = {"share": Share, "passthrough": Passthrough}
+
+_KNOWN = [
+    *_SWITCH_OF,
+    "dirsync",
+    *_NO_EFFECT,
+    "allow_other",
+    *(f"{name}={choice}" for name, choices in _CHOICES.items() for choice in choices),
+]
 
 
 def parse_options(text: str, *, privileged: bool) -> MountOptions:
@@ -62,20 +81,17 @@ def parse_options(text: str, *, privileged: bool) -> MountOptions:
 
     `privileged`: whether root mounts, who gets allow_other, devices and setuid as mount(8) gives them.
     """
-    share: Share | None = None
+    choices: dict[str, str] = {}
     chosen: dict[str, str] = {}
     allow_other = privileged
     dirsync = False
     for word in filter(None, text.split(",")):
         name, equals, value = word.partition("=")
-        if name == "share" and equals:
-            try:
-                choice = Share(value)
-            except ValueError:
-                raise UsageError(f"share={value} is unknown; use share={'|'.join(Share)}") from None
-            if share not in (None, choice):
-                raise UsageError(f"share={share} and share={choice} contradict each other; give one")
-            share = choice
+        if name in _CHOICES and equals:
+            if value not in list(_CHOICES[name]):
+                raise UsageError(f"{name}={value} is unknown; use {name}={'|'.join(_CHOICES[name])}")
+            if choices.setdefault(name, value) != value:
+                raise UsageError(f"{name}={choices[name]} and {name}={value} contradict each other; give one")
         elif word in _SWITCH_OF:
             if word in _ROOT_ONLY and not privileged:
                 raise UsageError(f"only root can mount with {word}; leave it out")
@@ -94,7 +110,8 @@ def parse_options(text: str, *, privileged: bool) -> MountOptions:
     words += [word for word in chosen.values() if word in _PASSED_ON]
     words += ["dirsync"] if dirsync else []
     return MountOptions(
-        share=share or Share.AUTO,
+        share=Share(choices.get("share", Share.AUTO)),
+        passthrough=Passthrough(choices.get("passthrough", Passthrough.AUTO)),
         read_only=chosen.get("rw") == "ro",
         noatime=chosen.get("atime") == "noatime",
         allow_other=allow_other,

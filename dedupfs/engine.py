@@ -51,7 +51,7 @@ class Engine:
     ) -> None:
         """Take the store. Raises what `Store` raises, and Unavailable when the wanted sharing cannot be had."""
         self._read_only = options.read_only
-        self.backing = backing or Backing(source)
+        self.backing = backing or Backing(source, noatime=options.noatime)
         with ExitStack() as stack:
             stack.callback(self.backing.close)
             self.store = Store(self.backing)
@@ -100,6 +100,8 @@ class Engine:
         self.settler.load()
         # Called with every path that got another inode, so that caches can be told; a mount sets it.
         self.on_replaced: Callable[[bytes], None] = _nobody
+        # Why the kernel does not read and write files without us, "" where it does; a mount sets it.
+        self.why_no_passthrough: Callable[[], str] = _not_mounted
         self._as_caller = AsCaller(backing)
         self.answers = Answers(backing, self.index, self.settler, self._as_caller)
         io = FileIo(
@@ -222,7 +224,8 @@ class Engine:
             "pending": self.settler.pending(),
             "scanning": scanning,
             "share": self.sharing.name,
-            "passthrough": False,
+            "passthrough": not (reason := self.why_no_passthrough()),
+            "passthrough_reason": reason,
         }
 
     def _count_blobs(self) -> int:
@@ -321,6 +324,10 @@ def rebuild(source: str, progress: Progress) -> dict[str, object]:
 
 def _nobody(path: bytes) -> None:
     """Nobody caches anything."""
+
+
+def _not_mounted() -> str:
+    return "nothing is mounted"
 
 
 def _as_json(group: Group) -> dict[str, object]:

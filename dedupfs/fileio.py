@@ -13,7 +13,6 @@ from contextlib import suppress
 
 from .backing import Backing
 from .blobs import Blobs
-from .digest import StreamDigest
 from .errors import DamagedContent, StoreError
 from .index import Index
 from .journal import Restored, Shared, Touched
@@ -54,6 +53,8 @@ class FileIo:
         self._references, self._settler, self._orphans = references, settler, orphans
         self._copies_refer = copies_refer
         self._quiet_flag = os.O_NOATIME if noatime else 0
+        # Whether handles may be given to the kernel (see `passthrough`).
+        self.kernel_may_serve = False
 
     # -- open and close -----------------------------------------------------------------------------------------------
 
@@ -61,10 +62,12 @@ class FileIo:
         """Open an existing file. Raises OSError, DamagedContent."""
         if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
             with self._gate.shared():
-                handle = self._register(path, flags)
+                handle = self._register(path, flags, caller.pid)
             try:
                 with handle.inode.lock:
                     self._load(handle)
+                    if self.kernel_may_serve:
+                        self._touch(handle)
             except BaseException:
                 self.release(handle)
                 raise
@@ -73,7 +76,7 @@ class FileIo:
             key = Key.of(self._backing.lstat(path))
             with self._openfiles.writing_intent(key):
                 with self._gate.shared():
-                    handle = self._register(path, flags)
+                    handle = self._register(path, flags, caller.pid)
                 if handle.inode.key == key:
                     break
                 self.release(handle)  # another inode came to the path before we had announced ourselves to it
@@ -85,7 +88,7 @@ class FileIo:
             raise
         return handle
 
-    def _register(self, path: bytes, flags: int) -> Handle:
+    def _register(self, path: bytes, flags: int, pid: int = 0) -> Handle:
         access = flags & os.O_ACCMODE
         writes = access != os.O_RDONLY or bool(flags & os.O_TRUNC)
         kept = flags & _KEPT_FLAGS
@@ -98,19 +101,29 @@ class FileIo:
                 raise
             fd = self._backing.open(path, kept)  # only its owner and root may read a file quietly
         return self._openfiles.register(
-            Key.of(os.fstat(fd)), fd, writes=writes, appends=writes and bool(flags & os.O_APPEND)
+            Key.of(os.fstat(fd)),
+            fd,
+            writes=writes,
+            appends=writes and bool(flags & os.O_APPEND),
+            pid=pid,
+            empty=bool(flags & os.O_TRUNC),
         )
 
-    def create(self, path: bytes, flags: int, mode: int) -> Handle:
-        """A new file, or (without O_EXCL) whatever came to the path meanwhile. The caller is inside the gate."""
+    def create(self, path: bytes, flags: int, mode: int, pid: int) -> Handle:
+        """A new file. Raises FileExistsError where there is one. The caller is inside the gate."""
         kept = flags & _KEPT_FLAGS
         fd = self._backing.open(path, kept | os.O_CREAT | os.O_EXCL, mode)
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self._openfiles.register(
-            Key.of(os.fstat(fd)), fd, writes=writes, appends=writes and bool(flags & os.O_APPEND)
+            Key.of(os.fstat(fd)),
+            fd,
+            writes=writes,
+            appends=writes and bool(flags & os.O_APPEND),
+            pid=pid,
+            empty=True,
         )
         handle.inode.loaded = True
-        handle.inode.stream = StreamDigest()
+        handle.inode.begin_stream()
         # Also a file that stays empty is settled; one that is opened read-only is nobody's to write, and done.
         handle.inode.dirty = writes
         handle.inode.privileges_checked = True
@@ -138,11 +151,13 @@ class FileIo:
         if flags & os.O_TRUNC:
             self._truncate(inode, handle.own_fd, 0)
             self._drop_privileges(inode, handle.own_fd, caller)
-            return
-        self._load(handle)
-        self._materialise(inode, handle.own_fd)
-        if inode.stream is None and not os.fstat(handle.own_fd).st_size:
-            inode.stream = StreamDigest()
+        else:
+            self._load(handle)
+            self._materialise(inode, handle.own_fd)
+            if inode.stream is None and not os.fstat(handle.own_fd).st_size:
+                inode.begin_stream()
+        if self.kernel_may_serve and _carries_privileges(handle.own_fd):
+            handle.through_us = True  # the kernel writes with our rights, which take none of these away
 
     def _materialise(self, inode: OpenInode, fd: int, length: int | None = None) -> None:
         """Caller holds the lock; `fd` is open for writing."""
@@ -167,6 +182,8 @@ class FileIo:
 
     def release(self, handle: Handle) -> None:
         inode = handle.inode
+        if handle.writes:
+            inode.forget_if_unchanged(handle.own_fd)
 
         def settle() -> None:
             path, st = self._backing.path_of(handle.own_fd), os.fstat(handle.own_fd)
@@ -191,11 +208,14 @@ class FileIo:
     # -- content ------------------------------------------------------------------------------------------------------
 
     def read(self, handle: Handle, buffer: memoryview, offset: int) -> int:
+        self._touch(handle)
+        return os.preadv(handle.read_fd, [buffer], offset)
+
+    def _touch(self, handle: Handle) -> None:
+        """Of a reference the blob is read: let the backing filesystem keep the access time by its own rules."""
         if handle.read_fd != handle.own_fd and not handle.was_read:
-            # Of a reference the blob is read: let the backing filesystem keep the access time by its own rules.
             handle.was_read = True
             os.pread(handle.own_fd, 1, 0)
-        return os.preadv(handle.read_fd, [buffer], offset)
 
     def write(self, handle: Handle, data: memoryview, offset: int, caller: Caller, *, cached: bool) -> int:
         """`cached`: the kernel writes back a page that was changed through mmap; it belongs at `offset` even where the
@@ -293,7 +313,7 @@ class FileIo:
                 inode.become_plain()
             else:
                 self._backing.ftruncate(fd, 0)
-            inode.stream = StreamDigest()
+            inode.begin_stream()
             return
         if inode.reference is not None and size_bytes < inode.reference.size_bytes:
             self._materialise(inode, fd, size_bytes)
@@ -389,6 +409,7 @@ class FileIo:
             or st.st_nlink != 1
             or st.st_dev != self._backing.device
             or inode.writers != 1
+            or inode.backing_file is not None  # later writes through the kernel would go to the reference itself
             or not SMALLEST_SHARED_BYTES <= size_bytes <= length
             or source.inode is inode
         ):
@@ -455,3 +476,14 @@ class FileIo:
             and not self._blobs.usable(record.content)
             and not self._settler.is_pending(key.ino)
         )
+
+
+def _carries_privileges(fd: int) -> bool:
+    """Whether a file has something that a write must take away: a set-id bit, or capabilities."""
+    if os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID):
+        return True
+    try:
+        os.getxattr(fd, _CAPABILITY_XATTR)
+    except OSError:
+        return False
+    return True

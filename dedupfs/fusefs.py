@@ -19,13 +19,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .backing import RENAME_EXCHANGE
+from .config import Passthrough as Wanted
+from .engine import Engine
 from .errors import DedupfsError, SourceError, Unavailable
 from .model import Caller
 from .openfiles import Handle, Key
-from .vfs import Attributes, Vfs
+from .passthrough import Passthrough
+from .vfs import Attributes
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,10 @@ _CAP_DONT_MASK = 1 << 6
 _CAP_READDIRPLUS = 1 << 13
 _CAP_POSIX_ACL = 1 << 19
 _CAP_HANDLE_KILLPRIV_V2 = 1 << 21
+_CAP_PASSTHROUGH = 1 << 29
+
+_PASSTHROUGH_LIBFUSE = (3, 17)
+_PASSTHROUGH_LINUX = (6, 9)
 
 _ENDED_BY_SIGNAL = 8  # fuse_main(3)
 
@@ -85,11 +92,22 @@ _STATFS = [
 ]
 # fmt: on
 
-# Drops what the kernel has cached of a path that got another inode.
-Invalidate = Callable[[bytes], None]
+
+class Session(NamedTuple):
+    """What others may ask of a mount."""
+
+    # Drop what the kernel has cached of a path that got another inode.
+    forget: Callable[[bytes], None]
+    # Why the kernel does not read and write files without us; "" where it does.
+    why_no_passthrough: Callable[[], str]
+
 
 _libfuse = fuse._libfuse
 _libfuse.fuse_invalidate_path.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+_libfuse.fuse_get_session.argtypes = [ctypes.c_void_p]
+_libfuse.fuse_get_session.restype = ctypes.c_void_p
+_libfuse.fuse_exit.argtypes = [ctypes.c_void_p]
+_libfuse.fuse_session_fd.argtypes = [ctypes.c_void_p]
 
 
 def _caller() -> Caller:
@@ -188,9 +206,18 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     """One mount. Constructing it serves until it is unmounted; every method but `__init__` is a callback."""
 
     def __init__(
-        self, vfs: Vfs, mountpoint: str, options: list[str], fsname: str, on_ready: Callable[[Invalidate], None]
+        self,
+        engine: Engine,
+        mountpoint: str,
+        options: list[str],
+        fsname: str,
+        *,
+        passthrough: bool,
+        on_ready: Callable[["_Adapter"], None],
     ) -> None:
-        self._vfs, self._io = vfs, vfs.io
+        self._engine, self._vfs, self._io = engine, engine.vfs, engine.vfs.io
+        self._wants_passthrough = passthrough
+        self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
         self._fuse: int | None = None
         self._names = _OtherNames()
@@ -199,6 +226,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         # attributes in which request; hid an open file in which request, under which name.
         self._set_attributes: dict[int, int] = {}
         self._hid: dict[int, tuple[int, bytes]] = {}
+        self._hidden: set[bytes] = set()  # names of such files that libfuse has not unlinked yet
         self._probed: dict[bytes, int] = {}  # names in libfuse's manner that were asked for, and by which request
         words: dict[str, object] = {
             "max_threads": _THREADS,
@@ -240,14 +268,29 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         conf.negative_timeout = 0.0
         os.umask(0)
         self._fuse = _libfuse.fuse_get_context().contents.fuse
-        self._on_ready(self._replaced)
+        if self._wants_passthrough and conn.capable & _CAP_PASSTHROUGH:
+            conn.want |= _CAP_PASSTHROUGH
+            conn.max_backing_stack_depth = 1
+            session_fd = _libfuse.fuse_session_fd(_libfuse.fuse_get_session(self._fuse))
+            self._passthrough = Passthrough(session_fd, self._engine.backing, self._engine.openfiles)
+            self._io.kernel_may_serve = True
+        self._on_ready(self)
+
+    def leave(self) -> None:
+        """End the session."""
+        _libfuse.fuse_exit(self._fuse)
+
+    def why_no_passthrough(self) -> str:
+        if self._passthrough is None:
+            return "the kernel offers no passthrough for FUSE"
+        return self._passthrough.refused
 
     def invalidate(self, path: bytes) -> None:
         """Let the kernel forget attributes and pages of a path. Not from a request that holds pages of it."""
         if self._fuse is not None:
             _libfuse.fuse_invalidate_path(self._fuse, b"/" + path)
 
-    def _replaced(self, path: bytes) -> None:
+    def replaced(self, path: bytes) -> None:
         """Another inode came to a path, which changed its directory as well."""
         self.invalidate(path)
         self.invalidate(os.path.dirname(path))
@@ -303,8 +346,17 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def unlink(self, path: bytes) -> None:
         relative = _relative(path)
-        for name in self._names.gone(self._vfs.unlink(relative), relative):
-            self.invalidate(name)
+        name = relative.rpartition(b"/")[2]
+        was_hidden = name in self._hidden
+        self._hidden.discard(name)
+        try:
+            st = self._vfs.unlink(relative)
+        except FileNotFoundError:
+            if was_hidden:
+                return  # it went with its last handle
+            raise
+        for other in self._names.gone(st, relative):
+            self.invalidate(other)
 
     def rmdir(self, path: bytes) -> None:
         self._vfs.rmdir(_relative(path))
@@ -323,6 +375,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             # Within one request libfuse asked whether the name is free, and now moves a file there: an app that renames
             # a file to such a name asks and renames in two.
             st = self._vfs.hide(old, name)
+            self._hidden.add(name)
             self._names.moved(st, old, relative)
             self._invalidate_others(st, relative)
             self._hid[get_ident()] = (_request(), name)
@@ -431,6 +484,18 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         fi.keep_cache = int(alone)
         # Appending through several names, each of which has pages and a length of its own for the kernel: in one piece.
         fi.direct_io = int(handle.appends and not alone)
+        if self._passthrough is not None:
+            try:
+                way = self._passthrough.attach(handle)
+            except OSError:
+                self._io.release(handle)
+                raise
+            fi.keep_cache = 0  # from a time when it was not passed through
+            fi.direct_io |= int(way.direct)
+            # struct fuse_file_info {…; uint32_t poll_events; int32_t backing_id; …} since libfuse 3.17: mfusepy
+            # declares the two as one number of 64 bits.
+            fi.poll_events = way.backing_id << 32
+        handle.may_be_mapped = fi.flags & os.O_ACCMODE == os.O_RDWR
         fi.fh = id(handle)
         self._handles[id(handle)] = handle
 
@@ -448,6 +513,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._io.flush(handle)
         if handle.writes:
             self._changed(path, handle)
+            self._mapped(handle)
 
     def release(self, path: bytes | None, fip: Any) -> None:
         handle = self._handles.pop(fip.contents.fh)
@@ -457,7 +523,17 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             self.invalidate(name)
 
     def fsync(self, path: bytes | None, data_only: int, fip: Any) -> None:
-        self._io.fsync(self._handles[fip.contents.fh], data_only=bool(data_only))
+        handle = self._handles[fip.contents.fh]
+        self._io.fsync(handle, data_only=bool(data_only))
+        self._mapped(handle)
+
+    def _mapped(self, handle: Handle) -> None:
+        """What an app writes through a mapping of a file that is passed through, nobody tells the kernel's FUSE: let it
+        ask for size and times again."""
+        if handle.may_be_mapped and handle.inode.backing_file is not None:
+            path = self._vfs.path_of(handle)
+            if path is not None:
+                self.invalidate(path)
 
     def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, fip: Any) -> None:
         self._io.fallocate(self._handles[fip.contents.fh], mode, offset, length, _caller())
@@ -490,30 +566,66 @@ def _answer(value: bytes, buffer: Any, size: int) -> int:
     return len(value)
 
 
+def _why_not_passthrough(wanted: Wanted) -> str:
+    """What stands in its way, as far as that can be known before mounting."""
+    if wanted is Wanted.OFF:
+        return "passthrough=off"
+    version = (fuse.fuse_version_major, fuse.fuse_version_minor)
+    if version < _PASSTHROUGH_LIBFUSE:
+        needed = _dotted(_PASSTHROUGH_LIBFUSE)
+        return f"libfuse {_dotted(version)} is older than {needed}; scripts/libfuse builds a newer one"
+    release = os.uname().release
+    found = re.match(r"(\d+)\.(\d+)", release)
+    if found is not None and (int(found[1]), int(found[2])) < _PASSTHROUGH_LINUX:
+        return f"Linux {release} is older than {_dotted(_PASSTHROUGH_LINUX)}"
+    if os.geteuid() != 0:
+        return "only root may let the kernel pass files through"
+    return ""
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return "{}.{}".format(*version)
+
+
 def serve(
-    vfs: Vfs,
+    engine: Engine,
     mountpoint: str,
     options: list[str],
     *,
     fsname: str,
-    on_ready: Callable[[Invalidate], None],
+    wanted: Wanted,
+    on_ready: Callable[[Session], None],
 ) -> None:
-    """Mount, and serve until unmounted. `on_ready` is called from FUSE's init, with what is to be called for each path
-    that got another inode. Raises Unavailable for a libfuse we do not know, SourceError when mounting fails."""
+    """Mount, and serve until unmounted. `on_ready` is called from FUSE's init.
+
+    Raises Unavailable for a libfuse we do not know and for passthrough that is wanted and cannot be had, SourceError
+    when mounting fails.
+    """
     version = (fuse.fuse_version_major, fuse.fuse_version_minor)
     if not _OLDEST <= version <= _NEWEST:
-        known = f"{_OLDEST[0]}.{_OLDEST[1]} to {_NEWEST[0]}.{_NEWEST[1]}"
-        raise Unavailable(f"libfuse {version[0]}.{version[1]} was never tried with dedupfs; install one of {known}")
+        known = f"{_dotted(_OLDEST)} to {_dotted(_NEWEST)}"
+        raise Unavailable(f"libfuse {_dotted(version)} was never tried with dedupfs; install one of {known}")
+    hindrance = _why_not_passthrough(wanted)
+    if hindrance and wanted is Wanted.ON:
+        raise Unavailable(f"no passthrough: {hindrance}; leave passthrough=on out to do without")
     ready = threading.Event()
+    refused = ""
 
-    def announce(invalidate: Invalidate) -> None:
+    def announce(adapter: _Adapter) -> None:
+        nonlocal refused
+        refused = adapter.why_no_passthrough()
+        if refused and wanted is Wanted.ON:
+            adapter.leave()
+            return
         ready.set()
-        on_ready(invalidate)
+        on_ready(Session(adapter.replaced, lambda: hindrance or adapter.why_no_passthrough()))
 
     try:
-        _Adapter(vfs, mountpoint, options, fsname, announce)
+        _Adapter(engine, mountpoint, options, fsname, passthrough=not hindrance, on_ready=announce)
     except RuntimeError as error:
         if not ready.is_set():
             raise SourceError(f"cannot mount at {mountpoint} (libfuse says {error}); see the lines above") from None
         if error.args != (_ENDED_BY_SIGNAL,):
             log.error("libfuse ended with %s", error)
+    if not ready.is_set():
+        raise Unavailable(f"no passthrough: {refused}; leave passthrough=on out to do without")

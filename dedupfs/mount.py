@@ -70,8 +70,9 @@ def serve(
 
         ready = threading.Event()
 
-        def when_ready(forget: Callable[[bytes], None]) -> None:
-            engine.on_replaced = forget
+        def when_ready(session: fusefs.Session) -> None:
+            engine.on_replaced = session.forget
+            engine.why_no_passthrough = session.why_no_passthrough
             if log_fd is not None:
                 os.dup2(log_fd, sys.stderr.fileno())
             log.info("serving %s at %s", source, mountpoint)
@@ -80,7 +81,14 @@ def serve(
 
         words = [*options.fuse_words, f"subtype={control.FUSE_TYPE.removeprefix('fuse.')}"]
         try:
-            fusefs.serve(engine.vfs, mountpoint, words, fsname=source, on_ready=when_ready)
+            fusefs.serve(
+                engine,
+                mountpoint,
+                words,
+                fsname=source,
+                wanted=options.passthrough,
+                on_ready=when_ready,
+            )
         except Exception:
             if background and ready.is_set():  # nobody else is left to hear of it
                 log.exception("the mount at %s ended", mountpoint)

@@ -15,6 +15,7 @@ since a reader may hold their number.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from typing import NamedTuple
 
 from .digest import StreamDigest
 from .errors import DedupfsError
-from .model import ContentKey, Ino, Reference
+from .model import ContentKey, Ino, Reference, Stamp
+
+_TICK_NS = 10**9
 
 
 class Key(NamedTuple):
@@ -83,6 +86,15 @@ class Gate:
                 self._condition.notify_all()
 
 
+@dataclass(slots=True)
+class BackingFile:
+    """The file that the kernel reads and writes for an open inode (see `passthrough`): its id, and whose bytes it has,
+    a blob's or (None) the inode's own."""
+
+    id: int
+    content: ContentKey | None
+
+
 @dataclass(slots=True, eq=False)
 class OpenInode:
     """An inode with at least one handle. `lock` is held while its content or its state changes."""
@@ -97,6 +109,9 @@ class OpenInode:
     content_fd: int = -1  # the blob's descriptor while `reference` is set
     stream: StreamDigest | None = None  # digest of what is being written from start to end
     privileges_checked: bool = False  # the set-id bits and capabilities that a write must clear are gone
+    backing_file: BackingFile | None = None
+    through_us: bool = False  # a handle goes through us with the kernel's page cache: all must
+    before: Stamp | None = None  # as it was when the first came who writes unseen, and nothing else made it dirty
     retired_fds: list[int] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -111,6 +126,26 @@ class OpenInode:
         """All bytes are in the inode itself from now on. Caller holds `lock`."""
         self.loaded, self.reference = True, None
         self._redirect()
+
+    def written_unseen(self, handle: "Handle") -> None:
+        """What this handle reads and writes we do not see. Caller holds `lock`, before the open is answered."""
+        if handle.writes:
+            self.stream = None
+            if not self.dirty:
+                st = os.fstat(handle.own_fd)
+                # A time stamp of just now may be that of a later write as well: filesystems tick in milliseconds.
+                self.before = Stamp.of(st) if st.st_ctime_ns < time.time_ns() - _TICK_NS else None
+                self.dirty = True
+
+    def forget_if_unchanged(self, own_fd: int) -> None:
+        """Before the release of a writer: a file that was opened for writing and not written to needs no settling."""
+        with self.lock:
+            if self.before is not None and self.writers == 1 and Stamp.of(os.fstat(own_fd)) == self.before:
+                self.dirty, self.before = False, None
+
+    def begin_stream(self) -> None:
+        """The file is empty: what is written from now on can be hashed on the way, if all of it comes to us."""
+        self.stream = StreamDigest() if self.backing_file is None else None
 
     def _redirect(self) -> None:
         # A copy: handles come and go meanwhile, and who comes directs itself, once it has the lock.
@@ -131,6 +166,9 @@ class Handle:
     read_fd: int
     writes: bool
     appends: bool
+    pid: int = 0
+    may_be_mapped: bool = False  # to write to: it was opened to read and write
+    through_us: bool = False  # its I/O must not go past us
     was_read: bool = False
     flushed: bool = False  # a close() was seen: the release is on the way, unless the descriptor was a duplicate
 
@@ -155,6 +193,10 @@ class OpenFiles:
         self._inodes: dict[Key, OpenInode] = {}
         self._watches: dict[Key, Watch] = {}
         self._intents: dict[Key, int] = {}
+        # What each process opened last, while that is a reader.
+        self._last_read: dict[int, Handle] = {}
+        # Called for what the kernel need not have any more; set by who gave it to the kernel.
+        self.close_backing_file: Callable[[BackingFile], None] = _nothing
 
     # -- apps ---------------------------------------------------------------------------------------------------------
 
@@ -174,16 +216,24 @@ class OpenFiles:
                 if not self._intents[key]:
                     del self._intents[key]
 
-    def register(self, key: Key, own_fd: int, *, writes: bool, appends: bool = False) -> Handle:
+    def register(
+        self, key: Key, own_fd: int, *, writes: bool, appends: bool = False, pid: int = 0, empty: bool = False
+    ) -> Handle:
         """Enter a handle; the caller is inside the gate, so that `own_fd` is what the path leads to, and directs the
-        handle to its bytes before it is used."""
+        handle to its bytes before it is used. `empty`: the file is new, or is about to be truncated."""
         with self._condition:
             inode = self._inodes.get(key)
             if inode is None:
                 inode = self._inodes[key] = OpenInode(key)
-            handle = Handle(inode, own_fd, own_fd, writes, appends)
+            handle = Handle(inode, own_fd, own_fd, writes, appends, pid)
             inode.handles.add(handle)
             inode.writers += writes
+            if writes:
+                # Who opens one file to read and then a new one to write is about to copy: if that goes through us, no
+                # byte need be moved (copy_file_range).
+                handle.through_us = self._last_read.pop(pid, None) is not None and empty
+            else:
+                self._last_read[pid] = handle
             return handle
 
     def release(self, handle: Handle, settle: Callable[[], None]) -> None:
@@ -199,12 +249,16 @@ class OpenFiles:
             inode.writers -= handle.writes
             wanted = False
             if not inode.writers and inode.dirty:
-                inode.dirty, wanted = False, True
+                inode.dirty, inode.before, wanted = False, None, True
             if not inode.handles:
                 wanted = wanted or inode.resettle
                 if self._inodes.get(inode.key) is inode:
                     del self._inodes[inode.key]
                 unused += inode.retired_fds + ([inode.content_fd] if inode.content_fd >= 0 else [])
+                if inode.backing_file is not None:
+                    self.close_backing_file(inode.backing_file)
+            if self._last_read.get(handle.pid) is handle:
+                del self._last_read[handle.pid]
             try:
                 if wanted:
                     settle()
@@ -249,6 +303,11 @@ class OpenFiles:
             inode.resettle = True
             return True
 
+    def is_passed_through(self, key: Key) -> bool:
+        with self._condition:
+            inode = self._inodes.get(key)
+            return inode is not None and inode.backing_file is not None
+
     def count_handles(self, key: Key) -> int:
         with self._condition:
             inode = self._inodes.get(key)
@@ -270,6 +329,8 @@ class OpenFiles:
                         inode.retired_fds.append(handle.own_fd)
                         handle.own_fd = own_fds.pop()
                     inode.become_reference(reference, os.dup(blob_fd))
+                    if inode.backing_file is not None:
+                        inode.backing_file.content = reference.content  # it is the inode that became the blob
         for fd in own_fds:
             os.close(fd)
 
@@ -310,3 +371,7 @@ class OpenFiles:
     def __len__(self) -> int:
         with self._condition:
             return len(self._inodes)
+
+
+def _nothing(backing_file: BackingFile) -> None:
+    """No file was given to the kernel."""

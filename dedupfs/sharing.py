@@ -127,6 +127,8 @@ class ReferenceSharing:
             known.watch.checkpoint()
             new.watch.checkpoint()
 
+        if not self._may_become_blob(known) and self._openfiles.settle_when_closed(known.key):
+            return False
         if not same_bytes(known.fd, new.fd, checkpoint):
             return False
         self.publish(known, content, durable=True)
@@ -171,6 +173,8 @@ class ReferenceSharing:
         reference = Reference(content, known.stamp.size_bytes)
         with self._gate.exclusive():
             self._verify(known)
+            if not self._may_become_blob(known):
+                raise Changed("opened meanwhile")
             staged, staged_fd = self._stage(known, reference, label)
             spare = [staged_fd]
             try:
@@ -193,12 +197,20 @@ class ReferenceSharing:
             except OSError as error:
                 # Nothing to undo: they read the right bytes.
                 log.error("readers of %s see the attributes of its blob: %s", os.fsdecode(known.path), error)
+            if self._openfiles.is_passed_through(Key.of(st)):
+                with suppress(OSError):  # then no writer is let in beside them
+                    self._blobs.seal(content)
         try:
             if durable:
                 self._blobs.flush_name(content)  # before another file's own bytes go for it
         finally:
             with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
                 self._blobs.seal(content)
+
+    def _may_become_blob(self, known: Settled) -> bool:
+        """Whether nobody can write to the blob that a file is to be: who opens the file after it was replaced, while
+        the kernel still has it for a reader, can map the blob."""
+        return self._backing.immutable_binds_mappings or not self._openfiles.is_passed_through(known.key)
 
     def refer(self, new: Settled, content: ContentKey) -> None:
         """Put a reference to an existing blob at the path of `new`, whose own inode goes.

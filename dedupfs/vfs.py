@@ -17,7 +17,7 @@ from .duplicates import Answers
 from .errors import StoreError
 from .fileio import FileIo
 from .journal import DirectoryNamed, Named, Touched, Unnamed
-from .model import ROOT, STORE_DIRECTORY, Caller, Ino, Link
+from .model import ROOT, STORE_DIRECTORY, Caller, Ino, Link, is_hidden
 from .openfiles import Gate, Handle, Key, OpenFiles
 from .orphans import Orphans
 from .settle import Settler
@@ -95,6 +95,11 @@ class Vfs:
         blocks = _full_blocks(st) if handle.inode.reference is not None else st.st_blocks
         return Attributes(st, blocks, st.st_nlink)
 
+    def path_of(self, handle: Handle) -> bytes | None:
+        """Where an open file is now, None when it has no name that the mount shows."""
+        path = self._backing.path_of(handle.own_fd)
+        return None if path is None or is_hidden(path) else path
+
     def names_hidden(self, handle: Handle) -> int:
         """How many of an open file's links nobody sees, since they were unlinked."""
         return self._orphans.count(handle.inode.key)
@@ -167,12 +172,13 @@ class Vfs:
         try:
             with self._gate.shared():
                 mode = self._mode(path, mode, caller)
-                handle = self.io.create(path, flags, mode)
+                handle = self.io.create(path, flags, mode, caller.pid)
                 try:
                     self._give(path, caller)
                     if mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
                         os.fchmod(handle.own_fd, self._with_set_ids(path, mode))
                         handle.inode.privileges_checked = False
+                        handle.through_us = True
                 except BaseException:
                     self._backing.unlink(path)
                     self.io.release(handle)

@@ -308,12 +308,19 @@ def _serve_mount(source: str, mountpoint: str, options: str, steps: Steps) -> No
         server.start()
         engine.store.announce(mountpoint=mountpoint, socket=path)
 
-        def ready(forget: Callable[[bytes], None]) -> None:
-            engine.on_replaced = forget
+        def ready(session: fusefs.Session) -> None:
+            engine.on_replaced = session.forget
             print("ready", flush=True)
 
         words = [*parsed.fuse_words, f"subtype={control.FUSE_TYPE.removeprefix('fuse.')}"]
-        fusefs.serve(engine.vfs, mountpoint, words, fsname=source, on_ready=ready)
+        fusefs.serve(
+            engine,
+            mountpoint,
+            words,
+            fsname=source,
+            wanted=parsed.passthrough,
+            on_ready=ready,
+        )
         server.close()
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from dedupfs.backing import Backing
+
 from . import users
 from .filesystems import is_mountpoint, remove_tree, unmount
 
@@ -245,6 +247,13 @@ class Mounted:
         answer = self.run("status", self.mountpoint, "--json").json()
         assert isinstance(answer, dict)
         return answer
+
+    def passes_blobs_through(self) -> bool:
+        """Whether the kernel reads blobs without asking the daemon."""
+        if not self.status()["passthrough"]:
+            return False
+        with contextlib.closing(Backing(os.fspath(self.backing))) as backing:
+            return backing.immutable_binds_mappings
 
     def xattr(self, path: str | bytes | Path, name: str) -> bytes:
         """The value of `user.dedupfs.<name>` of a path in the mount; OSError as the mount raises it."""

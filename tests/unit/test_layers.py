@@ -40,6 +40,7 @@ LAYERS = [
     "engine",
     "fsck",
     # edges
+    "passthrough",
     "control",
     "fusefs",
     "mount",
