@@ -1,6 +1,7 @@
 """Fixtures that all tests share; what they are made of is in tests/support/."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,6 +87,10 @@ class Mounts:
             prepare(source)
         if not any(option.startswith("share=") for option in options):
             options = (f"share={self.strategy}", *options)
+        # Both ways of serving pass the same tests: CI runs them once with each.
+        wanted = os.environ.get("DEDUPFS_TEST_PASSTHROUGH")
+        if wanted and user is None and not any(option.startswith("passthrough=") for option in options):
+            options = (f"passthrough={wanted}", *options)
         mounted = Mounted(
             source,
             source if over_itself else self._directory / f"mount-{number}",

@@ -21,6 +21,7 @@ options (-o):
   share=auto         how equal files share their bytes: as the filesystem of SOURCE does it best (the default)
   share=reference    by small files that name one common content: on any filesystem with hard links and xattrs
   share=reflink      by shared extents: on XFS and btrfs
+  passthrough=auto   let the kernel read and write files without the daemon where it can (the default); on, off
 """
 
 

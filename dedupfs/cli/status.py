@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             ("blobs", f"{answer['blobs']:,}"),
             ("pending", f"{answer['pending']:,}" + (", and a scan is running" if answer["scanning"] else "")),
             ("sharing by", str(answer["share"])),
-            ("passthrough", "yes" if answer["passthrough"] else "no"),
+            ("passthrough", "yes" if answer["passthrough"] else f"no: {answer['passthrough_reason']}"),
         ]
     )
     return 0

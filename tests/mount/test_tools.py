@@ -98,6 +98,9 @@ def test_cp_inside_the_mount_moves_no_bytes(mounted: Mounted) -> None:
     before = _bytes_moved(mounted.pid)
 
     tool("cp", original, copy)
+    if mounted.status()["passthrough"] and not mounted.passes_blobs_through():
+        mounted.settle()  # nothing that is open becomes a blob there: the first copy was one of bytes
+        before = _bytes_moved(mounted.pid)
     tool("cp", "-a", copy, another)
 
     # at once, not only when it is settled
