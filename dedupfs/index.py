@@ -23,6 +23,7 @@ LMDB in one transaction. No file is read and nothing hashed while a write transa
 
 from __future__ import annotations  # lmdb's classes are generic for the type checker only
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ SCHEMA_VERSION = b"1"
 _MAP_BYTES = 64 << 30
 _COUNTERS = ("files", "logical", "plain", "references", "shared", "contents", "contents_bytes")
 _LONGEST_PATH = 1 << 16
+_PAGE = 64
 _VERIFIED_BYTES = 64 << 20  # half a second
 
 
@@ -135,6 +137,19 @@ class Index:
     def holders(self, content: ContentKey) -> list[Ino]:
         """Settled inodes with this content."""
         return self._inodes(self._holders, content)
+
+    def iter_holders(self, content: ContentKey) -> Iterator[Ino]:
+        """The same, a page and a transaction at a time: for who needs the first few of perhaps a hundred thousand."""
+        key, start = codec.encode_content(content), codec.encode_ino(Ino(0))
+        while True:
+            with self._read() as txn, txn.cursor(self._holders) as cursor:
+                found = cursor.set_range_dup(key, start)
+                page = list(itertools.islice(cursor.iternext_dup(), _PAGE)) if found else []
+            inodes = [codec.decode_ino(value) for value in page]
+            yield from inodes
+            if len(page) < _PAGE:
+                return
+            start = codec.encode_ino(Ino(inodes[-1] + 1))
 
     def sharers(self, content: ContentKey) -> list[Ino]:
         """Those of the holders that are references, or share extents."""
@@ -334,9 +349,17 @@ class Batch:
         return self._files[ino] if ino in self._files else self._index.file(ino)
 
     def holders(self, content: ContentKey) -> list[Ino]:
+        return list(self.iter_holders(content))
+
+    def iter_holders(self, content: ContentKey) -> Iterator[Ino]:
+        """Like Index.iter_holders, with the changes of this batch in view."""
         changed = self._holders.get(content, {})
-        known = [ino for ino in self._index.holders(content) if changed.get(ino, True)]
-        return known + [ino for ino, joined in changed.items() if joined and ino not in known]
+        known = set()
+        for ino in self._index.iter_holders(content):
+            if changed.get(ino, True):
+                known.add(ino)
+                yield ino
+        yield from [ino for ino, joined in changed.items() if joined and ino not in known]
 
     def sharers(self, content: ContentKey) -> list[Ino]:
         sharing = (FileState.REFERENCE, FileState.SHARED)
@@ -346,7 +369,7 @@ class Batch:
         """The collision numbers under which somebody holds a content with this digest, ascending."""
         changed = (content.collision for content in self._holders if content.digest == digest)
         numbers = set(self._index.numbers(digest)).union(changed)
-        return sorted(number for number in numbers if self.holders(ContentKey(digest, number)))
+        return sorted(number for number in numbers if any(self.iter_holders(ContentKey(digest, number))))
 
     def paths(self, ino: Ino, root: Ino) -> list[bytes]:
         """Like Index.paths, with the changes of this batch in view."""

@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from .backing import Backing
 from .blobs import Blobs
@@ -32,6 +33,10 @@ _TICK_NS = 20_000_000
 
 # A file with longer holes (a sparse image, or a mistake) would be hashed for hours, and hides nothing worth sharing.
 _MOST_HOLE_BYTES = 1 << 40
+
+
+# Whoever else has a content, as often as it is asked.
+Others = Callable[[], Iterator[Ino]]
 
 
 class Matcher:
@@ -144,7 +149,7 @@ class Matcher:
         st = os.fstat(file.fd)
         shareable = st.st_size >= SMALLEST_SHARED_BYTES and st.st_nlink == 1
         for content in self._known_contents(batch, digest):
-            others = [ino for ino in batch.holders(content) if ino != file.key.ino]
+            others = partial(self._others, batch, content, file.key.ino)
             if self._size_of(batch, content, others) == st.st_size:
                 if shareable and self._try_sharing(batch, file, content, others):
                     return
@@ -152,11 +157,17 @@ class Matcher:
                     self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
                     return
         taken = set(batch.numbers(digest))
-        if (known := batch.file(file.key.ino)) is not None and batch.holders(known.content) == [file.key.ino]:
+        known = batch.file(file.key.ino)
+        if known is not None and not any(self._others(batch, known.content, file.key.ino)):
             taken.discard(known.content.collision if known.content.digest == digest else -1)
         free = (ContentKey(digest, number) for number in itertools.count() if number not in taken)
         content = next(content for content in free if self._blobs.stat(content) is None)
         self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
+
+    @staticmethod
+    def _others(batch: Batch, content: ContentKey, ino: Ino) -> Iterator[Ino]:
+        """Who else has a content; as a rule the first few are all that is asked for."""
+        return (holder for holder in batch.iter_holders(content) if holder != ino)
 
     def _known_contents(self, batch: Batch, digest: Digest) -> list[ContentKey]:
         """Every content with this digest that somebody holds, or that has a blob."""
@@ -169,7 +180,7 @@ class Matcher:
                 known.append(content)
         raise AssertionError("counting ended")
 
-    def _try_sharing(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
+    def _try_sharing(self, batch: Batch, file: Settled, content: ContentKey, others: Others) -> bool:
         try:
             return self._share(batch, file, content, others)
         except (FileNotFoundError, NotADirectoryError):
@@ -179,14 +190,14 @@ class Matcher:
                 log.warning("cannot share %s now: %s", os.fsdecode(file.path), error)
             return False
 
-    def _size_of(self, batch: Batch, content: ContentKey, others: list[Ino]) -> int | None:
-        for ino in others:
+    def _size_of(self, batch: Batch, content: ContentKey, others: Others) -> int | None:
+        for ino in others():
             if (held := batch.file(ino)) is not None:
                 return held.stamp.size_bytes
         blob = self._blobs.stat(content)
         return None if blob is None else blob.st_size
 
-    def _share(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
+    def _share(self, batch: Batch, file: Settled, content: ContentKey, others: Others) -> bool:
         """Whether the file shares its blocks now. False when nobody who has this content can be shared with."""
 
         try:
@@ -203,7 +214,7 @@ class Matcher:
         finally:
             if blob_fd is not None:
                 os.close(blob_fd)
-        for ino in others:
+        for ino in others():
             held = batch.file(ino)
             if held is not None and held.state is FileState.REFERENCE:
                 return self._heal(batch, file, content)  # references without a blob wait for this copy
@@ -249,7 +260,7 @@ class Matcher:
                 self._on_replaced(path)  # the kernel may have pages of the damaged one
         return True
 
-    def _equals_known(self, batch: Batch, file: Settled, content: ContentKey, others: list[Ino]) -> bool:
+    def _equals_known(self, batch: Batch, file: Settled, content: ContentKey, others: Others) -> bool:
         """Whether the file has this content, where it is not shared: compared with anyone who stands for it."""
         if self._blobs.usable(content):
             try:
@@ -261,17 +272,18 @@ class Matcher:
                     return same_bytes(fd, file.fd, file.watch.checkpoint)
                 finally:
                     os.close(fd)
-        for ino in others:
+        for ino in others():
             with self._open_other(batch, ino) as other:
                 if other is not None:
                     return same_bytes(other.fd, file.fd, file.watch.checkpoint)
         # Nobody can be compared with: all are being written to, say. Then nobody vouches for this content, and the file
         # takes it over; they find it when they are settled again.
-        for ino in others:
+        everybody = list(others())
+        for ino in everybody:
             held = batch.file(ino)
             if held is not None and held.state is FileState.REFERENCE:
                 return False
-        for ino in others:
+        for ino in everybody:
             paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._leads_to(path, ino)]
             batch.doubt_file(ino)
             if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)):

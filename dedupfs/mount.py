@@ -284,6 +284,8 @@ def prepare_process() -> None:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
     )
     faulthandler.enable()
+    # How long a request waits for the interpreter while settling computes; by default 5 ms.
+    sys.setswitchinterval(0.0002)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

@@ -38,6 +38,7 @@ STATUS = {
     "scanning": False,
     "share": "reference",
     "passthrough": False,
+    "passthrough_reason": "too old",
 }
 GROUP = {"digest": "ab" * 16, "size_bytes": 2048, "paths": ["a.jpg", os.fsdecode(b"caf\xe9/\x1b[2J\n.jpg")]}
 
@@ -197,7 +198,7 @@ def test_status(shell: Shell, live: FakeMount) -> None:
         "blobs": "1",
         "pending": "0",
         "sharing by": "reference",
-        "passthrough": "no",
+        "passthrough": "no: too old",
     }
 
 
