@@ -326,7 +326,8 @@ class Scenario:
 def steps_in_every_backing(steps: Steps) -> Iterator[None]:
     """Where dedupfs makes its backing itself, give it one with steps."""
 
-    def make(source: str) -> SteppingBacking:
+    def make(source: str, *, noatime: bool = False) -> SteppingBacking:
+        assert not noatime
         return SteppingBacking(source, steps)
 
     with mock.patch("dedupfs.engine.Backing", make), mock.patch("dedupfs.fsck.Backing", make):
