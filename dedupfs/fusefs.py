@@ -53,8 +53,43 @@ try:
 except (OSError, AttributeError) as error:
     raise Unavailable(f"libfuse cannot be used: {error}") from None
 
-# Struct layouts changed within libfuse 3; these are the versions whose layout mfusepy declares and we have run.
+# mfusepy declares libfuse's structs in Python, by the version that the library says it has. They changed within
+# libfuse 3. Of what is used here, in bytes, from the headers of 3.14.0, 3.17.2 and 3.18.3 (tests/unit/test_libfuse.py
+# compares them with what mfusepy declares):
+#
+#                                                 3.12 to 3.16    3.17, 3.18
+#     fuse_file_info  flags, fh                          0, 16        0, 16
+#                     writepage, direct_io, keep_cache   bits 0 to 2 of byte 4
+#                     poll_events, backing_id             32, -       32, 36  mfusepy: one number of 64 bits
+#     fuse_conn_info  max_write, capable, want       8, 20, 24    8, 20, 24
+#                     max_backing_stack_depth                -           40
+#     fuse_config     nullpath_ok                          104           96  3.11 put a field before it, 3.17 moved it
+#     fuse_context    size, behind which _request looks     40           40
+#     fuse_operations as far as lseek                     same         same  3.18 added statx behind it
+#
+# 3.14.1 and later 3.14s have the fields of 3.15 (libfuse issue 1029), which the version does not tell; those lie behind
+# the ones used here. Before 3.12 there is no option max_threads.
 _OLDEST, _NEWEST = (3, 12), (3, 18)
+# struct stat is another on each machine, and for those that mfusepy does not know it declares that of a 32-bit x86.
+_MACHINES = ("x86_64", "aarch64")
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return "{}.{}".format(*version)
+
+
+def _refuse_untried(version: tuple[int, int], machine: str, pointer_bytes: int) -> None:
+    if not _OLDEST <= version <= _NEWEST:
+        known = f"{_dotted(_OLDEST)} to {_dotted(_NEWEST)}"
+        raise Unavailable(f"libfuse {_dotted(version)} was never tried with dedupfs; install one of {known}")
+    if machine not in _MACHINES or pointer_bytes != 8:
+        known = " and ".join(_MACHINES)
+        raise Unavailable(
+            f"dedupfs was never tried on {machine} with {pointer_bytes * 8} bits, only on {known} with 64"
+        )
+
+
+_refuse_untried(fuse.get_fuse_version(fuse._libfuse), fuse._machine, ctypes.sizeof(ctypes.c_void_p))
 
 _CAP_DONT_MASK = 1 << 6
 _CAP_READDIRPLUS = 1 << 13
@@ -144,7 +179,7 @@ def _request() -> int:
     """The number of the request that this thread serves, as the kernel counts them.
 
     libfuse keeps it where its public context ends: struct fuse_context_i {struct fuse_context ctx; fuse_req_t req;},
-    struct fuse_req {struct fuse_session *se; uint64_t unique; ...}, in all versions that `serve` accepts.
+    struct fuse_req {struct fuse_session *se; uint64_t unique; ...}: so in 3.14.0, 3.17.2 and 3.18.3.
     """
     context = ctypes.cast(_libfuse.fuse_get_context(), ctypes.c_void_p).value or 0
     request = ctypes.c_void_p.from_address(context + ctypes.sizeof(fuse.fuse_context)).value
@@ -583,10 +618,6 @@ def _why_not_passthrough(wanted: Wanted) -> str:
     return ""
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return "{}.{}".format(*version)
-
-
 def serve(
     engine: Engine,
     mountpoint: str,
@@ -598,13 +629,8 @@ def serve(
 ) -> None:
     """Mount, and serve until unmounted. `on_ready` is called from FUSE's init.
 
-    Raises Unavailable for a libfuse we do not know and for passthrough that is wanted and cannot be had, SourceError
-    when mounting fails.
+    Raises Unavailable for passthrough that is wanted and cannot be had, SourceError when mounting fails.
     """
-    version = (fuse.fuse_version_major, fuse.fuse_version_minor)
-    if not _OLDEST <= version <= _NEWEST:
-        known = f"{_dotted(_OLDEST)} to {_dotted(_NEWEST)}"
-        raise Unavailable(f"libfuse {_dotted(version)} was never tried with dedupfs; install one of {known}")
     hindrance = _why_not_passthrough(wanted)
     if hindrance and wanted is Wanted.ON:
         raise Unavailable(f"no passthrough: {hindrance}; leave passthrough=on out to do without")
