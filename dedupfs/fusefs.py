@@ -112,8 +112,8 @@ _CACHE_S = 30.0
 _MAX_WRITE_BYTES = 1 << 20
 
 # A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
+# None of them is ended for being idle, since the interpreter keeps something for each.
 _THREADS = 64
-_IDLE_THREADS = 16
 
 # fmt: off
 _CALLBACKS = [
@@ -184,6 +184,16 @@ def _request() -> int:
     context = ctypes.cast(_libfuse.fuse_get_context(), ctypes.c_void_p).value or 0
     request = ctypes.c_void_p.from_address(context + ctypes.sizeof(fuse.fuse_context)).value
     return ctypes.c_uint64.from_address(request + 8).value if request else 0
+
+
+_thread = threading.local()
+
+
+def _keep_thread_state() -> None:
+    """Let the interpreter keep what it knows of this thread of libfuse's, which it would else make anew for each
+    request (two mappings of memory, and a fault): PyGILState_Ensure without its Release, once a thread."""
+    _thread.known = True
+    ctypes.pythonapi.PyGILState_Ensure()
 
 
 class _OtherNames:
@@ -265,7 +275,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._probed: dict[bytes, int] = {}  # names in libfuse's manner that were asked for, and by which request
         words: dict[str, object] = {
             "max_threads": _THREADS,
-            "max_idle_threads": _IDLE_THREADS,
+            "max_idle_threads": _THREADS,
             "fsname": fsname.replace("\\", "\\\\").replace(",", "\\,"),
         }
         for option in options:
@@ -275,6 +285,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         super().__init__(callbacks, mountpoint, foreground=True, **words)
 
     def _wrapper(self, func: Callable[..., int | None], *args: object) -> int:
+        if not hasattr(_thread, "known"):
+            _keep_thread_state()
         try:
             return func(*args) or 0
         except OSError as error:
