@@ -94,10 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # What is still buffered would fail again when Python flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:
+        _discard_output()
         if debugging():
             traceback.print_exc()
         return _fail(describe(error), EXIT_OS_ERROR)
@@ -106,6 +106,14 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         what = f"{type(error).__name__}: {error}"
         return _fail(f"internal error: {what}; set DEDUPFS_DEBUG=1 for the traceback", EXIT_INTERNAL)
+
+
+def _discard_output() -> None:
+    """What is still buffered may fail again when Python flushes it at exit, which would then be the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:
