@@ -369,9 +369,12 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         else:
             relative = _relative(path)
             name = relative.rpartition(b"/")[2]
-            if _HIDDEN_NAME.fullmatch(name):
+            looks_hidden = _HIDDEN_NAME.fullmatch(name)
+            if looks_hidden:
                 self._probed[name] = _request()
             found = self._vfs.getattr(relative)
+            if looks_hidden and name in self._hidden and self._set_attributes.get(get_ident()) == _request():
+                found = found._replace(nlink=found.nlink - 1)  # as above
             if found.nlink > 1 and not stat.S_ISDIR(found.st.st_mode):
                 self._names.seen(found.st, relative)
         _fill(buffer.contents, found)
