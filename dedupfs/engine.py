@@ -190,15 +190,15 @@ class Engine:
         """Wait until nothing is pending, first scan included."""
         before = self.settler.settled
         for _ in range(3):  # what a reader just closed is shared at its release, which is on the way
-            self.openfiles.wait_until_closed(None, _RELEASE_S)
+            closed = self.openfiles.wait_until_closed(None, _RELEASE_S)
             while not self._is_idle():
                 progress("settling", self.settler.settled - before, None)
                 if not self._running:
                     self._work_off(progress)
                 elif self.settler.wait_idle(0.5) and self._scanner is not None:
                     self._scanner.join(0.5)
-            if self.openfiles.wait_until_closed(None, 0):
-                break
+            if not closed or self.openfiles.wait_until_closed(None, 0):
+                break  # it is open elsewhere, or nothing is
         self.settler.wait_until_removed(_RELEASE_S)
         return {"settled": self.settler.settled - before}
 

@@ -156,8 +156,10 @@ class FileIo:
             self._materialise(inode, handle.own_fd)
             if inode.stream is None and not os.fstat(handle.own_fd).st_size:
                 inode.begin_stream()
-        if self.kernel_may_serve and _carries_privileges(handle.own_fd):
-            handle.through_us = True  # the kernel writes with our rights, which take none of these away
+        if self.kernel_may_serve and (os.fstat(handle.own_fd).st_nlink > 1 or _carries_privileges(handle.own_fd)):
+            # The kernel knows other names as other files, which must show what is written by this one; and it writes
+            # with our rights, which take no privileges away.
+            handle.through_us = True
 
     def _materialise(self, inode: OpenInode, fd: int, length: int | None = None) -> None:
         """Caller holds the lock; `fd` is open for writing."""

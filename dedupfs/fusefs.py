@@ -16,6 +16,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import get_ident
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from .config import Passthrough as Wanted
 from .engine import Engine
 from .errors import DedupfsError, SourceError, Unavailable
 from .model import Caller
-from .openfiles import Handle, Key
+from .openfiles import Handle, Key, OpenFiles
 from .passthrough import Passthrough
 from .vfs import Attributes
 
@@ -110,6 +111,8 @@ _KEPT = 0xFFFFFFFF  # chown's -1
 _CACHE_S = 30.0
 
 _MAX_WRITE_BYTES = 1 << 20
+
+_MOMENT_S = 0.05
 
 # A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
 # None of them is ended for being idle, since the interpreter keeps something for each.
@@ -197,10 +200,12 @@ def _keep_thread_state() -> None:
 
 
 class _OtherNames:
-    """The names of hard-linked files that the kernel may have cached attributes under."""
+    """The names of hard-linked files that the kernel may have cached attributes under, and of each open file the one by
+    which the kernel knows it (`Handle.known_as`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, openfiles: OpenFiles) -> None:
         self._lock = threading.Lock()
+        self._openfiles = openfiles
         self._names: dict[Key, set[bytes]] = {}
 
     def __bool__(self) -> bool:
@@ -210,9 +215,13 @@ class _OtherNames:
         with self._lock:
             self._names.setdefault(Key.of(st), set()).add(path)
 
-    def of(self, st: os.stat_result, path: bytes | None) -> list[bytes]:
+    def of(self, key: Key, path: bytes | None) -> list[bytes]:
         with self._lock:
-            return [name for name in self._names.get(Key.of(st), ()) if name != path]
+            return [name for name in self._names.get(key, ()) if name != path]
+
+    def of_written(self, handle: Handle) -> list[bytes]:
+        with self._lock:
+            return [name for name in self._names.get(handle.inode.key, ()) if name != handle.known_as]
 
     def gone(self, st: os.stat_result, path: bytes) -> list[bytes]:
         """An inode lost a name; `st` is from afterwards. Answers its other names."""
@@ -237,14 +246,24 @@ class _OtherNames:
                 self._move(other, {new: old})
 
     def _move(self, st: os.stat_result, moves: dict[bytes, bytes]) -> None:
-        changed = list(self._names.values()) if stat.S_ISDIR(st.st_mode) else [self._names.get(Key.of(st), set())]
+        if stat.S_ISDIR(st.st_mode):
+            changed, handles = list(self._names.values()), self._openfiles.handles()
+        else:
+            changed, handles = [self._names.get(Key.of(st), set())], self._openfiles.handles_of(Key.of(st))
         for names in changed:
-            for name in list(names):
-                for old, new in moves.items():
-                    if name == old or name.startswith(old + b"/"):
-                        names.discard(name)
-                        names.add(new + name[len(old) :])
-                        break
+            moved = {_moved(name, moves) for name in names}
+            names.clear()
+            names.update(moved)
+        for handle in handles:
+            handle.known_as = _moved(handle.known_as, moves)
+
+
+def _moved(path: bytes, moves: dict[bytes, bytes]) -> bytes:
+    """Where a path leads after these renames of it or of a directory that it is in."""
+    for old, new in moves.items():
+        if path == old or path.startswith(old + b"/"):
+            return new + path[len(old) :]
+    return path
 
 
 class _Adapter(fuse.FUSE):  # type: ignore[misc]
@@ -265,7 +284,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
         self._fuse: int | None = None
-        self._names = _OtherNames()
+        self._names = _OtherNames(engine.openfiles)
+        self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
         # What was done for the request that a thread serves (libfuse makes several calls for some), by thread: changed
         # attributes in which request; hid an open file in which request, under which name.
@@ -343,8 +363,19 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self.invalidate(os.path.dirname(path))
 
     def _invalidate_others(self, st: os.stat_result, path: bytes | None) -> None:
-        for name in self._names.of(st, path):
+        for name in self._names.of(Key.of(st), path):
             self.invalidate(name)
+
+    def _written(self, handle: Handle) -> None:
+        """Content changed: let the other names of the file show it before the writer is answered.
+
+        The kernel drops the pages of such a name only when nobody holds one, and a writer by that name may hold one
+        while he waits for us to do the same with this name: so this is not waited for longer than a moment.
+        """
+        if self._names:
+            for name in self._names.of_written(handle):
+                with suppress(TimeoutError):
+                    self._invalidating.submit(self.invalidate, name).result(_MOMENT_S)
 
     def _handle(self, fip: Any) -> Handle | None:
         return self._handles.get(fip.contents.fh) if fip else None
@@ -522,13 +553,17 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def open(self, path: bytes, fip: Any) -> None:
         fi = fip.contents
-        self._enter(fi, self._vfs.open(_relative(path), fi.flags, _caller()))
+        handle = self._vfs.open(_relative(path), fi.flags, _caller())
+        self._enter(path, fi, handle)
+        if fi.flags & os.O_TRUNC:
+            self._written(handle)
 
     def create(self, path: bytes, mode: int, fip: Any) -> None:
         fi = fip.contents
-        self._enter(fi, self._vfs.create(_relative(path), fi.flags, mode, _caller()))
+        self._enter(path, fi, self._vfs.create(_relative(path), fi.flags, mode, _caller()))
 
-    def _enter(self, fi: Any, handle: Handle) -> None:
+    def _enter(self, path: bytes, fi: Any, handle: Handle) -> None:
+        handle.known_as = _relative(path)
         # The pages that the kernel has are right, unless another name of the inode was written through.
         alone = os.fstat(handle.own_fd).st_nlink == 1
         fi.keep_cache = int(alone)
@@ -556,7 +591,10 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def write(self, path: bytes | None, buffer: Any, size: int, offset: int, fip: Any) -> int:
         fi = fip.contents
         view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buffer.contents))).cast("B")
-        return self._io.write(self._handles[fi.fh], view, offset, _caller(), cached=bool(fi.writepage))
+        handle = self._handles[fi.fh]
+        count = self._io.write(handle, view, offset, _caller(), cached=bool(fi.writepage))
+        self._written(handle)
+        return count
 
     def flush(self, path: bytes | None, fip: Any) -> None:
         handle = self._handles[fip.contents.fh]
@@ -567,7 +605,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def release(self, path: bytes | None, fip: Any) -> None:
         handle = self._handles.pop(fip.contents.fh)
-        others = self._names.of(os.fstat(handle.own_fd), None) if self._names else []
+        others = self._names.of(handle.inode.key, None) if self._names else []
         self._io.release(handle)
         for name in others:  # one link less, if it was the last handle of a name that had been unlinked
             self.invalidate(name)
@@ -586,7 +624,9 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
                 self.invalidate(path)
 
     def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, fip: Any) -> None:
-        self._io.fallocate(self._handles[fip.contents.fh], mode, offset, length, _caller())
+        handle = self._handles[fip.contents.fh]
+        self._io.fallocate(handle, mode, offset, length, _caller())
+        self._written(handle)
 
     def lseek(self, path: bytes | None, offset: int, whence: int, fip: Any) -> int:
         return self._io.seek(self._handles[fip.contents.fh], offset, whence)
@@ -603,7 +643,9 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         flags: int,
     ) -> int:
         source, target = self._handles[fip_in.contents.fh], self._handles[fip_out.contents.fh]
-        return self._io.copy_range(source, offset_in, target, offset_out, size, _caller())
+        count = self._io.copy_range(source, offset_in, target, offset_out, size, _caller())
+        self._written(target)
+        return count
 
 
 def _answer(value: bytes, buffer: Any, size: int) -> int:

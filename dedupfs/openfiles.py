@@ -167,6 +167,7 @@ class Handle:
     writes: bool
     appends: bool
     pid: int = 0
+    known_as: bytes = b""  # the name that the kernel has for the file, where it may have several
     may_be_mapped: bool = False  # to write to: it was opened to read and write
     through_us: bool = False  # its I/O must not go past us
     was_read: bool = False
@@ -308,11 +309,6 @@ class OpenFiles:
             inode = self._inodes.get(key)
             return inode is not None and inode.backing_file is not None
 
-    def count_handles(self, key: Key) -> int:
-        with self._condition:
-            inode = self._inodes.get(key)
-            return 0 if inode is None else len(inode.handles)
-
     def follow(self, key: Key, to: Key, reference: Reference, blob_fd: int, own_fds: list[int]) -> None:
         """A file that is open for reading became a blob, and its path leads to a reference, `to`.
 
@@ -328,7 +324,9 @@ class OpenFiles:
                     for handle in inode.handles:
                         inode.retired_fds.append(handle.own_fd)
                         handle.own_fd = own_fds.pop()
-                    inode.become_reference(reference, os.dup(blob_fd))
+                    # Opened again: a duplicate would keep the lease that the settler has on `blob_fd`, and the kernel
+                    # makes a writer in passthrough wait for that.
+                    inode.become_reference(reference, os.open(f"/proc/self/fd/{blob_fd}", os.O_RDONLY))
                     if inode.backing_file is not None:
                         inode.backing_file.content = reference.content  # it is the inode that became the blob
         for fd in own_fds:
@@ -363,6 +361,11 @@ class OpenFiles:
         with self._condition:
             self._condition.wait_for(lambda: not on_the_way(), timeout_s)
             return not on_the_way()
+
+    def handles_of(self, key: Key) -> list[Handle]:
+        with self._condition:
+            inode = self._inodes.get(key)
+            return [] if inode is None else list(inode.handles)
 
     def handles(self) -> list[Handle]:
         with self._condition:

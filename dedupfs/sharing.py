@@ -178,7 +178,7 @@ class ReferenceSharing:
             staged, staged_fd = self._stage(known, reference, label)
             spare = [staged_fd]
             try:
-                for _ in range(self._openfiles.count_handles(known.key)):
+                for _ in self._openfiles.handles_of(known.key):
                     spare.append(self._backing.open(staged, os.O_RDONLY))
                 enter(known.path, content)
                 if not self._backing.orders_metadata:

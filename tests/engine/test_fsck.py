@@ -225,6 +225,22 @@ def garbled_index(bench: Bench) -> None:
     (bench.source / ".dedupfs/index/data.mdb").write_bytes(b"garbage" * 10000)
 
 
+def test_what_a_walk_will_find_is_no_finding(store: Bench) -> None:
+    """A mount may be stopped cleanly before it has looked at everything that an unclean stop left."""
+
+    def as_yet_unseen(index: Index, ino: Ino) -> None:
+        forget(index, ino)
+        index.set_incomplete()
+
+    edit_index(store, as_yet_unseen)
+    assert store.checks() == []
+    store.open()
+    store.scan()
+    assert store.engine.settler.index_is_complete
+    store.close()
+    assert store.checks() == []
+
+
 def no_index(bench: Bench) -> None:
     shutil.rmtree(bench.source / ".dedupfs/index")
 

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,51 @@ def test_one_of_two_names_unlinked_while_open(mounted: Mounted) -> None:
 
 
 @ONE_FLAVOUR
+def test_a_hard_link_shows_what_is_being_written_by_its_other_name(mounted: Mounted) -> None:
+    """Also what the kernel has cached of it: each name is another file for it."""
+    path, link, renamed = mounted.path("a"), mounted.path("b"), mounted.path("c")
+    path.write_bytes(b"x" * 5000)
+    os.link(path, link)
+
+    def seen() -> tuple[int, bytes]:
+        return link.stat().st_size, link.read_bytes()
+
+    assert seen() == (5000, b"x" * 5000)
+    for flags in (os.O_WRONLY, os.O_RDWR):
+        fd = os.open(path, flags | os.O_TRUNC)
+        assert seen() == (0, b"")
+        os.pwrite(fd, b"one", 0)
+        assert seen() == (3, b"one")
+        os.rename(path, renamed)
+        os.pwrite(fd, b"two", 3)
+        assert seen() == (6, b"onetwo")
+        os.posix_fallocate(fd, 0, 8)
+        assert seen() == (8, b"onetwo\0\0")
+        os.pwrite(fd, b"!!", 0)  # as long as before
+        assert seen() == (8, b"!!etwo\0\0")
+        os.ftruncate(fd, 2)
+        assert seen() == (2, b"!!")
+        os.close(fd)
+        os.rename(renamed, path)
+
+
+def test_writers_by_two_names_of_a_file_do_not_wait_for_each_other(mounted: Mounted) -> None:
+    """Each holds a page of its name while the daemon wants the other's dropped."""
+    names = [mounted.path("a"), mounted.path("b")]
+    names[0].write_bytes(bytes(20000))
+    os.link(*names)
+
+    def write(name: Path) -> None:
+        with name.open("r+b", buffering=0) as file:
+            for _ in range(30):
+                file.seek(4096)
+                file.write(b"within a page")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, names))
+    assert names[0].read_bytes() == names[1].read_bytes() == bytes(4096) + b"within a page" + bytes(20000 - 4096 - 13)
+
+
 def test_many_files_unlinked_while_open_and_a_daemon_that_ends(mounted: Mounted) -> None:
     files = []
     for number in range(50):
@@ -354,6 +400,13 @@ def test_locks_between_processes(mounted: Mounted) -> None:
 
 
 @BOTH_STRATEGIES
+def leases(source: Path) -> list[str]:
+    """Of files on the filesystem of `source`: a writer would wait for them."""
+    device = source.stat().st_dev
+    place = f" {os.major(device):02x}:{os.minor(device):02x}:"
+    return [line for line in Path("/proc/locks").read_text().splitlines() if "LEASE" in line and place in line]
+
+
 def test_a_lock_outlives_sharing_and_materialising(mounted: Mounted) -> None:
     content = photograph().read_bytes()
     mounted.path("a").write_bytes(content)
@@ -363,6 +416,7 @@ def test_a_lock_outlives_sharing_and_materialising(mounted: Mounted) -> None:
         mounted.path("b").write_bytes(content)
         mounted.settle()
         assert attempt("flock", "--nonblock", mounted.path("a"), "true").returncode == 1
+        assert not leases(mounted.source)
         with open(mounted.path("a"), "ab") as writer:
             writer.write(b"more")
         mounted.settle()

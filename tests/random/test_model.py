@@ -18,6 +18,7 @@ import random
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,6 +112,13 @@ class Side:
 
     def at(self, path: bytes) -> bytes:
         return self.root + b"/" + path
+
+    def slots_of(self, path: bytes) -> list[int]:
+        """Where this file is open."""
+        with suppress(OSError):
+            st = os.stat(self.at(path), follow_symlinks=False)
+            return [slot for slot, fd in self.handles.items() if os.path.samestat(st, os.fstat(fd))]
+        return []
 
     # -- names
 
@@ -417,6 +425,12 @@ class Operations(RuleBasedStateMachine):
         slots = sorted(self.plain.handles)
         return slots[number % len(slots)]
 
+    def close_passed_through(self, path: bytes) -> None:
+        """A name that a file gets while it is open in passthrough shows only later what is written."""
+        if "passthrough=on" in self.mounted.options:
+            for slot in self.plain.slots_of(path):
+                self.both("close", slot)
+
     def settle(self) -> None:
         socket = os.getxattr(self.mounted.mountpoint, control.CONTROL_XATTR)
         self.trace.append("settle")
@@ -491,6 +505,7 @@ class Operations(RuleBasedStateMachine):
     @rule(old=anything, new=anything)
     def link(self, old: Where, new: Where) -> None:
         old, new = self.find(old), self.find(new)
+        self.close_passed_through(old)
         self.both("link", old, new)
         self.both("lstat", old)
         self.both("lstat", new)

@@ -184,8 +184,8 @@ def test_handles_of_an_inode_share_what_is_known(files: OpenFiles, descriptor: C
     other = files.register(OTHER, descriptor(), writes=False)
     assert first.inode is second.inode is files.get(KEY)
     assert other.inode is not first.inode
-    assert files.count_handles(KEY) == 2
-    assert files.count_handles(Key(2, Ino(10))) == 0
+    assert len(files.handles_of(KEY)) == 2
+    assert files.handles_of(Key(2, Ino(10))) == []
     assert len(files) == 2
     assert files.is_written(KEY)
     assert not files.is_written(OTHER)
