@@ -157,18 +157,20 @@ class Backing:
 
     def open_quietly(self, path: bytes) -> int:
         """A read-only descriptor of a regular file that leaves its access time alone where the kernel allows that."""
-        flags = os.O_RDONLY | os.O_NONBLOCK  # a FIFO put in the file's place must not hold us up
+        return self._open_quietly(path, os.O_NONBLOCK)  # a FIFO put in the file's place must not hold us up
+
+    def _open_quietly(self, path: bytes, flags: int) -> int:
         try:
-            return self.open(path, flags | os.O_NOATIME)
+            return self.open(path, os.O_RDONLY | flags | os.O_NOATIME)
         except PermissionError:
-            return self.open(path, flags)
+            return self.open(path, os.O_RDONLY | flags)
 
     def scandir(self, path: bytes) -> Iterator[os.DirEntry[str]]:
-        """The entries of a directory; a symbolic link in its place is an error, not followed.
+        """The entries of a directory, whose access time stays; a symbolic link in its place is an error, not followed.
 
         Names come as `str` (Python has no bytes form for descriptors): `os.fsencode(entry.name)` is the name.
         """
-        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fd = self._open_quietly(path, os.O_DIRECTORY)
         try:
             with os.scandir(fd) as entries:
                 yield from entries

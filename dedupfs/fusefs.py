@@ -61,6 +61,7 @@ except (OSError, AttributeError) as error:
 #                                                 3.12 to 3.16    3.17, 3.18
 #     fuse_file_info  flags, fh                          0, 16        0, 16
 #                     writepage, direct_io, keep_cache   bits 0 to 2 of byte 4
+#                     noflush                             7 (8)           7
 #                     poll_events, backing_id             32, -       32, 36  mfusepy: one number of 64 bits
 #     fuse_conn_info  max_write, capable, want       8, 20, 24    8, 20, 24
 #                     max_backing_stack_depth                -           40
@@ -68,8 +69,9 @@ except (OSError, AttributeError) as error:
 #     fuse_context    size, behind which _request looks     40           40
 #     fuse_operations as far as lseek                     same         same  3.18 added statx behind it
 #
-# 3.14.1 and later 3.14s have the fields of 3.15 (libfuse issue 1029), which the version does not tell; those lie behind
-# the ones used here. Before 3.12 there is no option max_threads.
+# 3.14.1 and later 3.14s have the fields of 3.15 (libfuse issue 1029), which the version does not tell. Those lie behind
+# the ones used here, but for noflush: what is set there instead, cache_readdir, means nothing for a file. Before 3.12
+# there is no option max_threads.
 _OLDEST, _NEWEST = (3, 12), (3, 18)
 # struct stat is another on each machine, and for those that mfusepy does not know it declares that of a 32-bit x86.
 _MACHINES = ("x86_64", "aarch64")
@@ -564,6 +566,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def _enter(self, path: bytes, fi: Any, handle: Handle) -> None:
         handle.known_as = _relative(path)
+        fi.noflush = int(not handle.writes)  # a reader has nothing to say when it closes
         # The pages that the kernel has are right, unless another name of the inode was written through.
         alone = os.fstat(handle.own_fd).st_nlink == 1
         fi.keep_cache = int(alone)

@@ -26,6 +26,7 @@ from .errors import DedupfsError
 from .model import ContentKey, Ino, Reference, Stamp
 
 _TICK_NS = 10**9
+_READER_S = 0.3
 
 
 class Key(NamedTuple):
@@ -171,7 +172,7 @@ class Handle:
     may_be_mapped: bool = False  # to write to: it was opened to read and write
     through_us: bool = False  # its I/O must not go past us
     was_read: bool = False
-    flushed: bool = False  # a close() was seen: the release is on the way, unless the descriptor was a duplicate
+    flushed: bool = False  # a writer's close() was seen: its release is on the way, if that was no duplicate
 
 
 @dataclass(slots=True, eq=False)
@@ -346,21 +347,24 @@ class OpenFiles:
             return inode is not None and bool(inode.writers or inode.dirty)
 
     def wait_until_closed(self, key: Key | None, timeout_s: float) -> bool:
-        """Wait for the release of what apps have closed already: the kernel sends it just after close() returns.
+        """Wait until what apps have closed is released: the kernel tells of that just after close() returned.
 
-        With a key, for that file, else for all; only for files that are to be settled at their release. False when a
-        release did not come, since the file is open in another process as well.
+        With a key, for that file, else for all; only for files that are to be settled at their release. Of a writer's
+        close we hear beforehand; a reader may have closed or not, and is not waited for as long. False when a release
+        did not come, since the file is open in another process as well.
         """
 
-        def on_the_way() -> bool:
+        def waiting() -> list[OpenInode]:
             inodes = self._inodes.values() if key is None else filter(None, [self._inodes.get(key)])
-            return any(
-                (inode.dirty or inode.resettle) and all(handle.flushed for handle in inode.handles) for inode in inodes
-            )
+            return [
+                inode
+                for inode in inodes
+                if (inode.dirty or inode.resettle) and all(handle.flushed for handle in inode.handles if handle.writes)
+            ]
 
         with self._condition:
-            self._condition.wait_for(lambda: not on_the_way(), timeout_s)
-            return not on_the_way()
+            self._condition.wait_for(lambda: not any(inode.writers for inode in waiting()), timeout_s)
+            return self._condition.wait_for(lambda: not waiting(), min(timeout_s, _READER_S))
 
     def handles_of(self, key: Key) -> list[Handle]:
         with self._condition:

@@ -3,7 +3,8 @@
 Files come from apps (written and closed: first) and from a scan. Queue and journal are in memory: a clean stop saves
 the queue in the index, and after an unclean one `reconcile` finds the same work by walking. The thread takes files one
 by one, lets `matching` settle each, and commits what was learned in one transaction a batch; whoever waits for an
-answer ends the batch. Nothing an app waits for otherwise happens here.
+answer ends the batch. Nothing an app waits for otherwise happens here, and while apps are busy making files the thread
+holds back for a moment: requests want the interpreter too.
 
 A failure never reaches an app: the file stays as it is, where it is; it is logged, and looked at again when it is next
 written or scanned.
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 _BATCH_FILES = 256
 _BATCH_S = 1.0
+_CALM_S = 0.05  # without a change: the burst is over
+_HELD_BACK_S = 2.0  # at most, and
+_HELD_BACK_FILES = 4096  # no more than these
 _POLL_S = 0.2  # for readers of a blob that nothing refers to any more
 _POSTPONED_S = 60.0
 _RETRY_S = 5.0  # after the index could not be written
@@ -60,9 +64,11 @@ class Settler:
         self._journal = Journal()
         self._unreferenced: set[ContentKey] = set()  # contents whose blob may have lost its last reference
         self._moved_directories: list[bytes] | None = None
+        self._changed_at = 0.0  # when an app last changed something
         self._applied = 0  # journal entries that are in the index
         self._waiting = 0
         self._stopping = False
+        self._awake = False  # the thread knows that there is work
         self._thread: threading.Thread | None = None
         self._batch_lock = threading.Lock()
         self.settled = 0
@@ -83,11 +89,18 @@ class Settler:
         with self._condition:
             self._backlog.pop(ino, None)
             self._fresh[ino] = _Pending(path, digest)
-            self._condition.notify_all()
+            self._wake()
 
     def note(self, entry: Entry) -> None:
         with self._condition:
             self._journal.append(entry)
+            self._wake()
+
+    def _wake(self) -> None:
+        """An app changed something. The thread is woken for the first change only: the others it finds."""
+        self._changed_at = time.monotonic()
+        if not self._awake:
+            self._awake = True
             self._condition.notify_all()
 
     def moved(self, old: bytes, new: bytes) -> None:
@@ -244,9 +257,12 @@ class Settler:
     def _run(self) -> None:
         while True:
             with self._condition:
+                self._awake = False
                 self._condition.wait_for(
                     lambda: self._fresh or self._backlog or len(self._journal) or self._stopping, self._nap_s()
                 )
+                self._awake = True
+                self._hold_back()
                 if self._stopping:
                     return
             if self._postponed and time.monotonic() - self._tried_at > _POSTPONED_S:
@@ -260,6 +276,15 @@ class Settler:
                 # A bug that one file meets must not leave all others unsettled.
                 log.exception("settling failed; trying again")
                 self._lose_batch()
+
+    def _hold_back(self) -> None:
+        """Return when apps have stopped making changes, or when it cannot be put off any longer."""
+        until = time.monotonic() + _HELD_BACK_S
+        while not (self._stopping or self._waiting or len(self._fresh) > _HELD_BACK_FILES):
+            left_s = min(self._changed_at + _CALM_S, until) - time.monotonic()
+            if left_s <= 0:
+                return
+            self._condition.wait(left_s)
 
     def _nap_s(self) -> float | None:
         if self._unreferenced and self.index_is_complete:

@@ -51,6 +51,17 @@ def never_seen(bench: Bench) -> None:
 # -- a first scan
 
 
+def test_a_scan_leaves_access_times(bench: Bench) -> None:
+    never_seen(bench)
+    bench.put("a/deep/file", content("unique"))
+    paths = [bench.below(path) for path in ("a", "a/deep", "a/deep/file")]
+    for path in paths:
+        os.utime(path, ns=(10**18, path.stat().st_mtime_ns))
+    bench.open()
+    bench.scan()
+    assert [path.stat().st_atime_ns for path in paths] == [10**18] * 3
+
+
 @every_strategy
 def test_an_existing_archive(bench: Bench) -> None:
     never_seen(bench)

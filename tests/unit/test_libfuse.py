@@ -30,7 +30,7 @@ FIELDS = {
         *("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"),
     ],
 }
-BITS = {"fuse_file_info": ["writepage", "direct_io", "keep_cache"]}
+BITS = {"fuse_file_info": ["writepage", "direct_io", "keep_cache", "noflush"]}
 SINCE_3_17 = {"fuse_file_info": ["backing_id"], "fuse_conn_info": ["max_backing_stack_depth"]}
 
 # Prints {"struct.field": [first bit, bits]}, and the sizes of structs that libfuse is given or that something follows.

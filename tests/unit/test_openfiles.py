@@ -404,3 +404,15 @@ def test_waiting_for_a_release_on_its_way(files: OpenFiles, descriptor: Callable
     files.release(handle, nothing)
     waiter.ends()
     assert files.wait_until_closed(None, 0)
+
+
+def test_waiting_for_a_reader_that_may_have_closed(files: OpenFiles, descriptor: Callable[[], int]) -> None:
+    reader = files.register(KEY, descriptor(), writes=False)
+    assert files.wait_until_closed(KEY, _PATIENCE_S)  # nothing is to be done at its release
+    files.settle_when_closed(KEY)
+    assert not files.wait_until_closed(KEY, _A_WHILE_S)
+    waiter = Worker(lambda: files.wait_until_closed(KEY, _PATIENCE_S))
+    assert waiter.waits()
+    files.release(reader, nothing)
+    waiter.ends()
+    assert files.wait_until_closed(None, 0)
