@@ -169,6 +169,12 @@ def _detach(image: Path) -> None:
         run("losetup", "--detach", device)
 
 
+def make_filesystem(kind: str, image: Path) -> None:
+    made = run(*_MKFS[kind], image)
+    if made.returncode != 0:
+        raise RuntimeError(f"mkfs.{kind}: {made.stderr.strip()}")
+
+
 @contextlib.contextmanager
 def loop_filesystem(
     kind: str, directory: Path, *, size_bytes: int | None = None, patience_s: float = 5
@@ -185,9 +191,7 @@ def loop_filesystem(
     os.close(descriptor)
     root = image.with_suffix("")
     try:
-        made = run(*_MKFS[kind], image)
-        if made.returncode != 0:
-            raise RuntimeError(f"mkfs.{kind}: {made.stderr.strip()}")
+        make_filesystem(kind, image)
         root.mkdir()
         mounted = run("mount", "-t", kind, "-o", "loop", image, root)
         if mounted.returncode != 0:

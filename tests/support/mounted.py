@@ -278,6 +278,13 @@ class Mounted:
 
     # --- the end
 
+    def abandon(self) -> None:
+        """The filesystem below has stopped: end the daemon, let go of everything, check nothing."""
+        if self._process >= 0:
+            self.kill()
+        os.close(self._source_fd)
+        self._source_fd = -1
+
     def finish(self) -> None:
         """Unmount, check everything, remove the store. Raises AssertionError with all that was found."""
         problems: list[str] = []
