@@ -89,9 +89,10 @@ class Ledger:
         found = None if attributes is None else [attributes.mode, attributes.mtime_ns]
         self._write(path=path, must=content, attributes=found)
 
-    def moved(self, old: str, new: str, content: Content) -> None:
-        """What is certain goes from one name to another, and is at one of them. Both may show otherwise already."""
-        self._write(path=old, to=new, moved=content)
+    def moves(self, old: str, new: str, content: Content | None) -> None:
+        """A file goes from one name to another, with whatever it may show. With the `content` that is certain of it, it
+        must be at one of them."""
+        self._write(path=old, to=new, moves=content)
 
 
 class Promises:
@@ -112,9 +113,15 @@ class Promises:
     def _take(self, words: dict[str, Any], *, promised: bool) -> None:
         path = words["path"]
         known = self._paths.setdefault(path, _Path())
-        if "moved" in words:
-            if promised:
-                self._moves.append((path, words["to"], _content(words["moved"]) or ()))
+        if "to" in words:
+            target = self._paths.setdefault(words["to"], _Path())
+            self._moves = [move for move in self._moves if not {path, words["to"]} & set(move[:2])]
+            target.possible += [content for content in (known.certain, *known.possible) if content is not None]
+            target.torn = target.torn or known.torn
+            known.possible.append(None)
+            certain = _content(words["moves"])
+            if promised and certain is not None:
+                self._moves.append((path, words["to"], certain))
         elif "may" in words:
             self._moves = [move for move in self._moves if path not in move[:2]]
             known.possible.append(_content(words["may"]))

@@ -15,12 +15,11 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.disk import disk
-from tests.support.filesystems import Unsupported, make_filesystem, run, unmount
+from tests.support.filesystems import make_filesystem, mounted_device, run
 from tests.support.mounted import AFTER_A_KILL, REPOSITORY, Mounted
 
 from .durable import Promises, Seen
@@ -57,14 +56,14 @@ class _Load:
             ledger.touch()
             for directory in DIRECTORIES:
                 (mountpoint / name / directory).mkdir()
-            for directory in (mountpoint / name, mountpoint):
-                fd = os.open(directory, os.O_RDONLY)
+            for path in (mountpoint / name, mountpoint):
+                fd = os.open(path, os.O_RDONLY)
                 os.fsync(fd)
                 os.close(fd)
-            command = [sys.executable, "-m", "tests.crash.syncing", mountpoint / name, ledger]
+            arguments = [os.fspath(mountpoint / name), os.fspath(ledger), f"{rng.random()}", f"{number << 24}"]
             self._processes.append(
                 subprocess.Popen(
-                    [*command, f"{rng.random()}", f"{number << 24}"],
+                    [sys.executable, "-m", "tests.crash.syncing", *arguments],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     cwd=REPOSITORY,
@@ -131,7 +130,7 @@ class Bench:
             if self._way == "cut":
                 volatile = stack.enter_context(disk(image))
                 device = volatile.device
-            stack.enter_context(_mounted_device(self._kind, device, root))
+            stack.enter_context(mounted_device(self._kind, device, root, _OPTIONS[self._kind]))
             mounted = Mounted(
                 root / _SOURCE, self._scratch / "mount", options=[f"share={self._strategy}"], watchdog_s=240
             ).start()
@@ -159,7 +158,7 @@ class Bench:
             finally:
                 if self._way == "shutdown":
                     # Nothing of it can be read any more.
-                    mounted.abandon()
+                    mounted.release()
                 else:
                     mounted.finish()
         image.unlink()
@@ -173,7 +172,7 @@ class Bench:
             for name, ledger, before, until in zip(WRITERS, ledgers, loss.before, loss.until, strict=True)
         }
         self.certain += sum(each.certain_count() for each in promises.values())
-        with _mounted_device(self._kind, loss.image, root):
+        with mounted_device(self._kind, loss.image, root, _OPTIONS[self._kind]):
             source = root / _SOURCE
             references = _references(source)
             self.references += len(references)
@@ -202,18 +201,6 @@ class Bench:
             except AssertionError as error:
                 problems.append(str(error))
             return problems
-
-
-@contextlib.contextmanager
-def _mounted_device(kind: str, device: Path, root: Path) -> Iterator[None]:
-    options = _OPTIONS[kind] if device.is_block_device() else f"{_OPTIONS[kind]},loop"
-    done = run("mount", "-t", kind, "-o", options, device, root)
-    if done.returncode:
-        raise Unsupported(f"cannot mount {kind}: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        unmount(root)
 
 
 def _references(source: Path) -> set[str]:

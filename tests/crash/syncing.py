@@ -168,10 +168,7 @@ class SyncingApp:
     def _rename(self, old: str, new: str) -> None:
         file = self.files[old]
         assert file.content is not None
-        self._may(new, file.content, torn=not file.data_synced)
-        self._may(old, None, torn=False)
-        if file.data_synced and file.name_synced:
-            self._ledger.moved(old, new, file.content)
+        self._ledger.moves(old, new, file.content if file.data_synced and file.name_synced else None)
         os.rename(old, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self.files[new] = _File(file.content, data_synced=file.data_synced, attributes=file.attributes)
         self._set(old, None)

@@ -21,13 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dedupfs.fusefs import fuse  # it chooses the library
+from dedupfs import fusefs
 
 from .filesystems import Unsupported, run, unmount
 from .mounted import REPOSITORY
 
 SECTOR_BYTES = 512
 _NAME = "disk"
+
+fuse: Any = vars(fusefs)["fuse"]  # the binding, of the library that was chosen there
 
 
 class Disk:

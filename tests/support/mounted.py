@@ -278,8 +278,8 @@ class Mounted:
 
     # --- the end
 
-    def abandon(self) -> None:
-        """The filesystem below has stopped: end the daemon, let go of everything, check nothing."""
+    def release(self) -> None:
+        """Let go of everything, without a look at what is left: the filesystem below is to go."""
         if self._process >= 0:
             self.kill()
         os.close(self._source_fd)
