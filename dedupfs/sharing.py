@@ -138,7 +138,7 @@ class ReferenceSharing:
     def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey) -> bool:
         if not same_bytes(blob_fd, new.fd, new.watch.checkpoint):
             return False
-        # It may have been published without being flushed, by a copy inside the mount.
+        # Flushed when it was published; but once `new` is gone there is nothing else.
         self._backing.fdatasync(blob_fd)
         self.refer(new, content)
         return True
@@ -146,8 +146,8 @@ class ReferenceSharing:
     def publish(self, known: Settled, content: ContentKey, *, durable: bool) -> None:
         """Make the inode of `known` the blob of `content`, and its path a reference to it.
 
-        `known` may be open for reading. Without `durable` (only where metadata keeps its order, and only for a file
-        that nobody was promised to be on disk) nothing is flushed.
+        `known` may be open for reading. Its bytes are flushed first: a reference is to a whole content, also one that
+        nobody was promised to be on disk. Without `durable` (where metadata keeps its order) the blob's name is not.
         """
         self._become_blob(known, content, "publish", self._blobs.publish, durable=durable)
 
@@ -168,8 +168,7 @@ class ReferenceSharing:
         durable: bool,
     ) -> None:
         durable = durable or not self._backing.orders_metadata
-        if durable:
-            self._backing.fdatasync(known.fd)
+        self._backing.fdatasync(known.fd)
         reference = Reference(content, known.stamp.size_bytes)
         with self._gate.exclusive():
             self._verify(known)

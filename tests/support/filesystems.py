@@ -169,6 +169,26 @@ def _detach(image: Path) -> None:
         run("losetup", "--detach", device)
 
 
+def make_filesystem(kind: str, image: Path) -> None:
+    made = run(*_MKFS[kind], image)
+    if made.returncode != 0:
+        raise RuntimeError(f"mkfs.{kind}: {made.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def mounted_device(kind: str, device: Path, root: Path, *options: str) -> Iterator[None]:
+    """Mount a block device, or an image, for as long as the context lasts."""
+    if not device.is_block_device():
+        options = (*options, "loop")
+    mounted = run("mount", "-t", kind, "-o", ",".join(options) or "defaults", device, root)
+    if mounted.returncode != 0:
+        raise Unsupported(f"cannot mount {device} with {kind}: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        unmount(root)
+
+
 @contextlib.contextmanager
 def loop_filesystem(
     kind: str, directory: Path, *, size_bytes: int | None = None, patience_s: float = 5
@@ -185,9 +205,7 @@ def loop_filesystem(
     os.close(descriptor)
     root = image.with_suffix("")
     try:
-        made = run(*_MKFS[kind], image)
-        if made.returncode != 0:
-            raise RuntimeError(f"mkfs.{kind}: {made.stderr.strip()}")
+        make_filesystem(kind, image)
         root.mkdir()
         mounted = run("mount", "-t", kind, "-o", "loop", image, root)
         if mounted.returncode != 0:

@@ -287,6 +287,13 @@ class Mounted:
 
     # --- the end
 
+    def release(self) -> None:
+        """Let go of everything, without a look at what is left: the filesystem below is to go."""
+        if self._process >= 0:
+            self.kill()
+        os.close(self._source_fd)
+        self._source_fd = -1
+
     def finish(self) -> None:
         """Unmount, check everything, remove the store. Raises AssertionError with all that was found."""
         problems: list[str] = []
