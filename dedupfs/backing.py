@@ -15,6 +15,7 @@ import signal
 import stat
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -44,6 +45,7 @@ _DEDUPE_INFO = struct.Struct("=qQQiI")
 _DEDUPE_CHUNK_BYTES = 16 << 20  # btrfs refuses more in one call; XFS does not mind
 
 _F_SETSIG = 10
+_TICK_NS = 10**9  # more than any filesystem's time stamps lag behind
 _F_SETLEASE = 1024
 _F_GETLEASE = 1025
 _COPY_CHUNK_BYTES = 64 << 20
@@ -60,6 +62,7 @@ _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
 _libc.futimens.argtypes = [ctypes.c_int, ctypes.c_void_p]
+_libc.syncfs.argtypes = [ctypes.c_int]
 _AT_SYMLINK_NOFOLLOW = 0x100
 
 # open_tree(2), mount_setattr(2): the same numbers on every architecture
@@ -97,6 +100,11 @@ def filesystem_type(device: int) -> str:
     return ""
 
 
+def _clock_ns() -> int:
+    """Where the clock of time stamps stands against one that nobody sets."""
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 class Backing:
     """One source directory, held open."""
 
@@ -125,6 +133,7 @@ class Backing:
         # Whether nobody can write to an immutable file through a mapping either.
         self.immutable_binds_mappings = self.filesystem in _BINDING_FILESYSTEMS
         self.privileged = os.geteuid() == 0
+        self._synced_ns = self._synced_clock_ns = 0
         self.reference_xattr = b"trusted.dedupfs.ref" if self.privileged else b"user.dedupfs.ref"
         self._proc_prefix = b"/proc/self/fd/%d/" % self.root_fd
 
@@ -405,6 +414,17 @@ class Backing:
     def fdatasync(fd: int) -> None:
         """Make the bytes and the length durable, and no attribute: on a file that was written back it costs little."""
         os.fdatasync(fd)
+
+    def sync(self) -> None:
+        """Flush the whole filesystem. Raises OSError."""
+        now_ns, clock_ns = time.time_ns(), _clock_ns()
+        _check(_libc.syncfs(self.root_fd))
+        self._synced_ns, self._synced_clock_ns = now_ns, clock_ns
+
+    def is_on_disk(self, st: os.stat_result) -> bool:
+        """Whether nothing of an inode changed since the last `sync`: flushing it would cost a round to the disk, and
+        nothing else. Never while the clock goes otherwise than it did then."""
+        return st.st_ctime_ns < self._synced_ns - _TICK_NS and abs(_clock_ns() - self._synced_clock_ns) < _TICK_NS
 
     def fsync_directory(self, path: bytes) -> None:
         fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)

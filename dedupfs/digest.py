@@ -34,7 +34,8 @@ def hash_descriptor(fd: int, checkpoint: Checkpoint = proceed) -> Digest:
     Raises OSError, and whatever `checkpoint` raises.
     """
     state = xxhash.xxh3_128()
-    buffer = bytearray(CHUNK_BYTES)
+    # No larger than a small file: it is filled with zeros first.
+    buffer = bytearray(min(CHUNK_BYTES, os.fstat(fd).st_size) or 1)
     view = memoryview(buffer)
     offset = 0
     while True:

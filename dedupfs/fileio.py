@@ -462,7 +462,7 @@ class FileIo:
             with self._openfiles.watch(inode.key) as watch:
                 link = self._backing.link_of(path)
                 file = Settled(path, link, source.own_fd, record.stamp, inode.key, watch)
-                self._references.publish(file, record.content, durable=False)
+                self._references.publish(file, record.content)
         except (InUse, GivenUp, Changed, OSError) as error:
             log.debug("cannot publish %s for a copy: %s", os.fsdecode(path), error)
             return None

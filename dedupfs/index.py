@@ -27,6 +27,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import lmdb
@@ -42,6 +43,7 @@ SCHEMA_VERSION = b"1"
 _MAP_BYTES = 64 << 30
 _COUNTERS = ("files", "logical", "plain", "references", "shared", "contents", "contents_bytes")
 _LONGEST_PATH = 1 << 16
+_IN_MEMORY = ("/dev/shm", "/run")
 _PAGE = 64
 _VERIFIED_BYTES = 64 << 20  # half a second
 
@@ -53,15 +55,16 @@ class Index:
         """Open or create. Raises IndexDamaged when it cannot be used as it is, UnknownFormat when it is newer."""
         _verify(os.path.join(os.fsdecode(directory), "data.mdb"))
         try:
-            self._env = lmdb.open(
-                os.fsdecode(directory),
-                map_size=_MAP_BYTES,
-                max_dbs=8,
-                max_readers=512,
-                mode=0o600,
-                writemap=False,
-                readahead=False,
-            )
+            with _lock_in_memory(os.fsdecode(directory)) as place:
+                self._env = lmdb.open(
+                    place,
+                    map_size=_MAP_BYTES,
+                    max_dbs=8,
+                    max_readers=512,
+                    mode=0o600,
+                    writemap=False,
+                    readahead=False,
+                )
             names = (("meta", 0), ("files", 0), ("links", 1), ("dirs", 0), ("holders", 1), ("sharers", 1), ("queue", 0))
             self._check_length(os.path.join(os.fsdecode(directory), "data.mdb"))
             tables = {name: self._env.open_db(name.encode(), dupsort=bool(dup)) for name, dup in names}
@@ -314,6 +317,19 @@ class Index:
             return [codec.decode_pending(value) for _, value in cursor]
 
 
+@contextmanager
+def _lock_in_memory(directory: str) -> Iterator[str]:
+    """Where to open the index of `directory` so that LMDB's table of readers does not lie on the source's filesystem.
+
+    Every reader writes to that table through a shared mapping. Where no block can be had for it (a full disk; on btrfs
+    also a used up quota, at any time), that write is a SIGBUS. Nobody else needs the table: a store has one owner.
+    """
+    memory = next((path for path in _IN_MEMORY if os.access(path, os.W_OK | os.X_OK)), None)
+    with TemporaryDirectory(prefix="dedupfs-", dir=memory) as place:
+        os.symlink(os.path.abspath(os.path.join(directory, "data.mdb")), os.path.join(place, "data.mdb"))
+        yield place  # LMDB opens everything once; the names may go
+
+
 def _verify(path: str) -> None:
     """Refuse a file that would crash LMDB, which trusts what it maps. A large one is taken on trust: it would hold up
     the mount, and fsck looks at it."""
@@ -338,6 +354,7 @@ class Batch:
         self._index = index
         self._files: dict[Ino, FileRecord | None] = {}
         self._holders: dict[ContentKey, dict[Ino, bool]] = {}  # True: joined, False: left
+        self._numbers: dict[Digest, set[int]] = {}  # collision numbers of those that somebody joined
         self._links: dict[Ino, dict[Link, bool]] = {}  # True: put, False: removed
         self._dirs: dict[Ino, Link | None] = {}
         self.dereferenced: set[ContentKey] = set()  # contents that a record of a reference was dropped of
@@ -367,8 +384,7 @@ class Batch:
 
     def numbers(self, digest: Digest) -> list[int]:
         """The collision numbers under which somebody holds a content with this digest, ascending."""
-        changed = (content.collision for content in self._holders if content.digest == digest)
-        numbers = set(self._index.numbers(digest)).union(changed)
+        numbers = self._numbers.get(digest, set()).union(self._index.numbers(digest))
         return sorted(number for number in numbers if any(self.iter_holders(ContentKey(digest, number))))
 
     def paths(self, ino: Ino, root: Ino) -> list[bytes]:
@@ -395,6 +411,7 @@ class Batch:
         self._leave(ino)
         self._files[ino] = record
         self._holders.setdefault(record.content, {})[ino] = True
+        self._numbers.setdefault(record.content.digest, set()).add(record.content.collision)
 
     def doubt_file(self, ino: Ino) -> None:
         """Drop the record of an inode whose content is to be looked at again. It keeps its names."""
@@ -453,6 +470,7 @@ class Batch:
                     txn.put(codec.encode_ino(ino), codec.encode_link(up), db=index._dirs)
         self._files.clear()
         self._holders.clear()
+        self._numbers.clear()
         self._links.clear()
         self._dirs.clear()
 

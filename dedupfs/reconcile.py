@@ -90,6 +90,8 @@ class Reconciler:
 
         Raises Stopped, and StoreError when the index cannot be used.
         """
+        with suppress(OSError):
+            self._backing.sync()  # of what was there before, no file has to be flushed by itself
         census = Census()
         failures = self._settler.failures
         complete = False

@@ -6,14 +6,14 @@ extents; for XFS and btrfs, and nothing needs to be kept.
 
 References, step by step (F is known, G is new; same bytes, both watched, so that nobody writes meanwhile):
 
-    fsync F · reference for F in staging/ · link F as the blob · rename staging/… over F   [F is a reference]
-    fsync the blob's directory · seal the blob                                             [the blob is durable]
-    reference for G in staging/ · rename it over G                                         [G is a reference]
+    flush F · reference for F in staging/ · link F as the blob · rename staging/… over F   [F is a reference]
+    seal the blob · reference for G in staging/ · rename it over G                         [G is a reference]
 
 A crash between any two leaves each path either as it was or as a reference whose blob is there, and perhaps a leftover
 in staging/, which names the blob it was made for: `sweep` deletes it, and takes the blob's name back if F was not yet
 replaced. The renames happen inside the exclusive gate, after a last look that F or G is still what was compared.
-Where the filesystem does not keep metadata in order, every reference and directory is flushed before it is relied on.
+A journal that keeps metadata in order carries the blob's name to disk before what relies on it; where there is none,
+every reference and directory is flushed before it is relied on.
 
 Materialising copies the blob into the reference's own inode, marked `materialising` meanwhile; a crash leaves the mark,
 and `undo_copy` empties the inode again: until the mark is gone the blob is the truth. A blob is never modified.
@@ -131,44 +131,36 @@ class ReferenceSharing:
             return False
         if not same_bytes(known.fd, new.fd, checkpoint):
             return False
-        self.publish(known, content, durable=True)
+        self.publish(known, content)
         self.refer(new, content)
         return True
 
     def share_with_blob(self, blob_fd: int, new: Settled, content: ContentKey) -> bool:
         if not same_bytes(blob_fd, new.fd, new.watch.checkpoint):
             return False
-        # Flushed when it was published; but once `new` is gone there is nothing else.
-        self._backing.fdatasync(blob_fd)
-        self.refer(new, content)
+        self.refer(new, content)  # the blob was flushed before it was published
         return True
 
-    def publish(self, known: Settled, content: ContentKey, *, durable: bool) -> None:
+    def publish(self, known: Settled, content: ContentKey) -> None:
         """Make the inode of `known` the blob of `content`, and its path a reference to it.
 
         `known` may be open for reading. Its bytes are flushed first: a reference is to a whole content, also one that
-        nobody was promised to be on disk. Without `durable` (where metadata keeps its order) the blob's name is not.
+        nobody was promised to be on disk.
         """
-        self._become_blob(known, content, "publish", self._blobs.publish, durable=durable)
+        self._become_blob(known, content, "publish", self._blobs.publish)
 
     def heal(self, good: Settled, rotten: ContentKey) -> None:
         """Like `publish`, where the blob exists and is not what its digest says, or is missing.
 
         The damaged one goes to quarantine/. Every reference to it reads the good bytes from its next open on.
         """
-        self._become_blob(good, rotten, "heal", self._blobs.supersede, durable=True)
+        self._become_blob(good, rotten, "heal", self._blobs.supersede)
 
     def _become_blob(
-        self,
-        known: Settled,
-        content: ContentKey,
-        label: str,
-        enter: Callable[[bytes, ContentKey], None],
-        *,
-        durable: bool,
+        self, known: Settled, content: ContentKey, label: str, enter: Callable[[bytes, ContentKey], None]
     ) -> None:
-        durable = durable or not self._backing.orders_metadata
-        self._backing.fdatasync(known.fd)
+        if not self._backing.is_on_disk(os.fstat(known.fd)):
+            self._backing.fdatasync(known.fd)
         reference = Reference(content, known.stamp.size_bytes)
         with self._gate.exclusive():
             self._verify(known)
@@ -199,12 +191,8 @@ class ReferenceSharing:
             if self._openfiles.is_passed_through(Key.of(st)):
                 with suppress(OSError):  # then no writer is let in beside them
                     self._blobs.seal(content)
-        try:
-            if durable:
-                self._blobs.flush_name(content)  # before another file's own bytes go for it
-        finally:
-            with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
-                self._blobs.seal(content)
+        with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
+            self._blobs.seal(content)
 
     def _may_become_blob(self, known: Settled) -> bool:
         """Whether nobody can write to the blob that a file is to be: who opens the file after it was replaced, while
