@@ -62,6 +62,7 @@ class Answers:
 
     def settled(self, path: bytes) -> tuple[Ino, FileRecord]:
         """What is known of a file, once it is settled. Raises ENODATA when nothing can be said about it."""
+        was_open = False
         for _ in range(3):
             st = self._backing.lstat(path)
             key = Key.of(st)
@@ -75,7 +76,11 @@ class Answers:
             if record is not None and record.stamp == Stamp.of(st):
                 return key.ino, record
             if self._settler.is_pending(key.ino):
-                break  # an app has it open for writing
+                # An app has it open for writing; or its release is on the way, and now we shall hear of that.
+                if was_open:
+                    break
+                was_open = True
+                continue
             self._settler.offer(key.ino, path)  # changed behind our back, or not scanned yet
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import xxhash
 
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.model import Digest
@@ -399,3 +400,19 @@ def test_append_by_two_handles(bench: Bench) -> None:
     bench.close_file(second)
     assert bench.read("one") == b"0123456789"
     assert ME.pid == os.getpid()
+
+
+def test_asking_while_a_release_is_on_its_way(bench: Bench) -> None:
+    """close() has returned, and nothing was to be settled at the release when the question came."""
+    other = content("other")
+    bench.put("file", DATA)
+    bench.reopen(start=True)
+    bench.settle()
+    bench.below("file").write_bytes(other)  # behind our back: what is known of it is not true any more
+    handle = bench.open_file("file", os.O_RDWR)
+    bench.engine.vfs.io.flush(handle)
+    found: list[str] = []
+    with in_thread(lambda: found.append(bench.digest("file"))):
+        bench.wait_for(lambda: handle.inode.resettle)
+        bench.engine.vfs.io.release(handle)
+    assert found == [xxhash.xxh3_128_hexdigest(other)]
