@@ -76,7 +76,13 @@ class Engine:
         self._orphans = Orphans(backing, self.openfiles, self.settler)
         self._orphans.sweep()
         self.sharing: Sharing = ReflinkSharing(backing, self.gate, note) if by_reflink else self.references
-        recording = Recording(backing, self.settler.is_pending, self.settler.offer, lambda path: self.on_replaced(path))
+        recording = Recording(
+            backing,
+            self.settler.is_pending,
+            self.settler.offer,
+            lambda path: self.on_replaced(path),
+            lambda: self.settler.index_is_complete,
+        )
         self.settler.attach(
             Matcher(
                 backing,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .backing import Backing
 from .index import Batch
-from .model import ROOT, ContentKey, FileRecord, FileState, Ino, Link, Stamp
+from .model import ROOT, UNKNOWN_PATH, ContentKey, FileRecord, FileState, Ino, Link, Stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +115,13 @@ class Recording:
         is_pending: Callable[[Ino], bool],
         offer: Callable[[Ino, bytes], None],
         on_replaced: Callable[[bytes], None],
+        is_complete: Callable[[], bool],
     ) -> None:
         """`is_pending`: whether a file is queued or being written; `offer`: have one looked at; `on_replaced` is called
-        with each path that got another inode."""
+        with each path that got another inode; `is_complete`: whether a walk has held every record against its file."""
         self._backing, self._on_replaced = backing, on_replaced
         self._is_pending, self._offer = is_pending, offer
+        self._is_complete = is_complete
         self._untouched: set[Ino] = set()
 
     def apply(self, batch: Batch, entry: Entry) -> None:
@@ -205,6 +207,11 @@ class Recording:
         """Renaming, linking and chmod change an inode's ctime: let the record follow, or it would look modified."""
         record = batch.file(ino)
         if record is None:
+            return
+        if not self._is_complete():
+            # It may have been written before a crash, and queued: what shows that is the stamp.
+            if not self._is_pending(ino):
+                self._offer(ino, path if path is not None else UNKNOWN_PATH)
             return
         for st in self._stats([path] if path is not None else batch.paths(ino, self._backing.root_ino)):
             # Asked after the look: a writer who came before it is seen, one who comes later changes the stamp again.

@@ -25,11 +25,13 @@ class Bench:
         self.pending: set[Ino] = set()
         self.offered: list[tuple[Ino, bytes]] = []
         self.replaced: list[bytes] = []
+        self.complete = True
         self.recording = Recording(
             self.backing,
             self.pending.__contains__,
             lambda ino, path: self.offered.append((ino, path)),
             self.replaced.append,
+            lambda: self.complete,
         )
 
     def make(self, path: str, data: bytes = b"data") -> Ino:
@@ -166,6 +168,18 @@ def test_the_record_does_not_follow_a_change_of_content(bench: Bench, how: str) 
             bench.make("file")
     bench.recording.apply(bench.batch, Touched(ino, b"file"))
     assert bench.batch.file(ino) == known
+
+
+def test_before_a_walk_has_seen_it_a_record_follows_nothing(bench: Bench) -> None:
+    """The file may have been changed before a crash, and then renamed: only its stamp still tells."""
+    bench.make("file")
+    ino = bench.settle("file")
+    known = bench.batch.file(ino)
+    (bench.source / "file").write_bytes(b"DATA")  # as long as before
+    bench.complete = False
+    bench.recording.apply(bench.batch, Touched(ino, b"file"))
+    assert bench.batch.file(ino) == known
+    assert bench.offered == [(ino, b"file")]
 
 
 def test_a_file_that_is_gone_is_forgotten(bench: Bench) -> None:
