@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import re
+import select
 import stat
 import threading
 from collections.abc import Callable
@@ -286,6 +287,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
         self._fuse: int | None = None
+        self._session = select.poll()
         self._names = _OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
@@ -337,10 +339,13 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         conf.negative_timeout = 0.0
         os.umask(0)
         self._fuse = _libfuse.fuse_get_context().contents.fuse
+        session_fd = _libfuse.fuse_session_fd(_libfuse.fuse_get_session(self._fuse))
+        # An unmounted session is in error at once. libfuse frees all it has a moment later, while the settler may still
+        # be telling it of files. A duplicate: the descriptor may be another file's by then.
+        self._session.register(os.dup(session_fd), 0)
         if self._wants_passthrough and conn.capable & _CAP_PASSTHROUGH:
             conn.want |= _CAP_PASSTHROUGH
             conn.max_backing_stack_depth = 1
-            session_fd = _libfuse.fuse_session_fd(_libfuse.fuse_get_session(self._fuse))
             self._passthrough = Passthrough(session_fd, self._engine.backing, self._engine.openfiles)
             self._io.kernel_may_serve = True
         self._on_ready(self)
@@ -356,7 +361,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def invalidate(self, path: bytes) -> None:
         """Let the kernel forget attributes and pages of a path. Not from a request that holds pages of it."""
-        if self._fuse is not None:
+        if self._fuse is not None and not self._session.poll(0):
             _libfuse.fuse_invalidate_path(self._fuse, b"/" + path)
 
     def replaced(self, path: bytes) -> None:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _BATCH_FILES = 256
 _BATCH_S = 1.0
-_CALM_S = 0.05  # without a change: the burst is over
+_CALM_S = 0.003  # without a change: they are not making small files by the hundred
 _HELD_BACK_S = 2.0  # at most, and
 _HELD_BACK_FILES = 4096  # no more than these
 _POLL_S = 0.2  # for readers of a blob that nothing refers to any more
