@@ -287,7 +287,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
         self._fuse: int | None = None
-        self._session = select.poll()
+        self._session_fd = -1
         self._names = _OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
@@ -342,7 +342,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         session_fd = _libfuse.fuse_session_fd(_libfuse.fuse_get_session(self._fuse))
         # An unmounted session is in error at once. libfuse frees all it has a moment later, while the settler may still
         # be telling it of files. A duplicate: the descriptor may be another file's by then.
-        self._session.register(os.dup(session_fd), 0)
+        self._session_fd = os.dup(session_fd)
         if self._wants_passthrough and conn.capable & _CAP_PASSTHROUGH:
             conn.want |= _CAP_PASSTHROUGH
             conn.max_backing_stack_depth = 1
@@ -361,7 +361,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def invalidate(self, path: bytes) -> None:
         """Let the kernel forget attributes and pages of a path. Not from a request that holds pages of it."""
-        if self._fuse is not None and not self._session.poll(0):
+        if self._fuse is None:
+            return
+        session = select.poll()  # one may not be shared by threads
+        session.register(self._session_fd, 0)
+        if not session.poll(0):
             _libfuse.fuse_invalidate_path(self._fuse, b"/" + path)
 
     def replaced(self, path: bytes) -> None:
