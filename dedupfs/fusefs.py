@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import re
-import select
 import stat
 import threading
 from collections.abc import Callable
@@ -27,73 +26,13 @@ from .backing import RENAME_EXCHANGE
 from .config import Passthrough as Wanted
 from .engine import Engine
 from .errors import DedupfsError, SourceError, Unavailable
-from .model import Caller
+from .libfuse import ENDED_BY_SIGNAL, Session, caller, dotted, fuse, request
 from .openfiles import Handle, Key, OpenFiles
 from .passthrough import Passthrough
 from .vfs import Attributes
 
 log = logging.getLogger(__name__)
 
-
-def _choose_libfuse() -> None:
-    """mfusepy loads libfuse as it is imported, and libfuse 2 where it finds both: name version 3 before it does."""
-    if os.environ.get("FUSE_LIBRARY_PATH"):
-        return
-    for name in ("libfuse3.so.4", "libfuse3.so.3"):
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            continue
-        os.environ["FUSE_LIBRARY_PATH"] = name
-        return
-    raise Unavailable("libfuse 3 is not installed; install the package libfuse3-3 (or fuse3) of your distribution")
-
-
-_choose_libfuse()
-try:
-    import mfusepy as fuse
-except (OSError, AttributeError) as error:
-    raise Unavailable(f"libfuse cannot be used: {error}") from None
-
-# mfusepy declares libfuse's structs in Python, by the version that the library says it has. They changed within
-# libfuse 3. Of what is used here, in bytes, from the headers of 3.14.0, 3.17.2 and 3.18.3 (tests/unit/test_libfuse.py
-# compares them with what mfusepy declares):
-#
-#                                                 3.12 to 3.16    3.17, 3.18
-#     fuse_file_info  flags, fh                          0, 16        0, 16
-#                     writepage, direct_io, keep_cache   bits 0 to 2 of byte 4
-#                     noflush                             7 (8)           7
-#                     poll_events, backing_id             32, -       32, 36  mfusepy: one number of 64 bits
-#     fuse_conn_info  max_write, capable, want       8, 20, 24    8, 20, 24
-#                     max_backing_stack_depth                -           40
-#     fuse_config     nullpath_ok                          104           96  3.11 put a field before it, 3.17 moved it
-#     fuse_context    size, behind which _request looks     40           40
-#     fuse_operations as far as lseek                     same         same  3.18 added statx behind it
-#
-# 3.14.1 and later 3.14s have the fields of 3.15 (libfuse issue 1029), which the version does not tell. Those lie behind
-# the ones used here, but for noflush: what is set there instead, cache_readdir, means nothing for a file. Before 3.12
-# there is no option max_threads.
-_OLDEST, _NEWEST = (3, 12), (3, 18)
-# struct stat is another on each machine, and for those that mfusepy does not know it declares that of a 32-bit x86.
-_MACHINES = ("x86_64", "aarch64")
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return "{}.{}".format(*version)
-
-
-def _refuse_untried(version: tuple[int, int], machine: str, pointer_bytes: int) -> None:
-    if not _OLDEST <= version <= _NEWEST:
-        known = f"{_dotted(_OLDEST)} to {_dotted(_NEWEST)}"
-        raise Unavailable(f"libfuse {_dotted(version)} was never tried with dedupfs; install one of {known}")
-    if machine not in _MACHINES or pointer_bytes != 8:
-        known = " and ".join(_MACHINES)
-        raise Unavailable(
-            f"dedupfs was never tried on {machine} with {pointer_bytes * 8} bits, only on {known} with 64"
-        )
-
-
-_refuse_untried(fuse.get_fuse_version(fuse._libfuse), fuse._machine, ctypes.sizeof(ctypes.c_void_p))
 
 _CAP_DONT_MASK = 1 << 6
 _CAP_READDIRPLUS = 1 << 13
@@ -103,8 +42,6 @@ _CAP_PASSTHROUGH = 1 << 29
 
 _PASSTHROUGH_LIBFUSE = (3, 17)
 _PASSTHROUGH_LINUX = (6, 9)
-
-_ENDED_BY_SIGNAL = 8  # fuse_main(3)
 
 _FILL_DIR_PLUS = 2
 _READDIR_PLUS = 1
@@ -118,7 +55,6 @@ _MAX_WRITE_BYTES = 1 << 20
 _MOMENT_S = 0.05
 
 # A question about a pending file keeps one of libfuse's threads until it is settled: leave enough for everybody else.
-# None of them is ended for being idle, since the interpreter keeps something for each.
 _THREADS = 64
 
 # fmt: off
@@ -134,26 +70,13 @@ _STATFS = [
 # fmt: on
 
 
-class Session(NamedTuple):
+class Mount(NamedTuple):
     """What others may ask of a mount."""
 
     # Drop what the kernel has cached of a path that got another inode.
     forget: Callable[[bytes], None]
     # Why the kernel does not read and write files without us; "" where it does.
     why_no_passthrough: Callable[[], str]
-
-
-_libfuse = fuse._libfuse
-_libfuse.fuse_invalidate_path.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-_libfuse.fuse_get_session.argtypes = [ctypes.c_void_p]
-_libfuse.fuse_get_session.restype = ctypes.c_void_p
-_libfuse.fuse_exit.argtypes = [ctypes.c_void_p]
-_libfuse.fuse_session_fd.argtypes = [ctypes.c_void_p]
-
-
-def _caller() -> Caller:
-    context = _libfuse.fuse_get_context().contents
-    return Caller(context.uid, context.gid, context.pid, context.umask)
 
 
 def _relative(path: bytes) -> bytes:
@@ -179,17 +102,6 @@ def _fill(target: Any, attributes: Attributes) -> None:
 
 # What libfuse calls an open file that is being unlinked (hidden_name in its fuse.c): node number and a counter.
 _HIDDEN_NAME = re.compile(rb"\.fuse_hidden[0-9a-f]{16}")
-
-
-def _request() -> int:
-    """The number of the request that this thread serves, as the kernel counts them.
-
-    libfuse keeps it where its public context ends: struct fuse_context_i {struct fuse_context ctx; fuse_req_t req;},
-    struct fuse_req {struct fuse_session *se; uint64_t unique; ...}: so in 3.14.0, 3.17.2 and 3.18.3.
-    """
-    context = ctypes.cast(_libfuse.fuse_get_context(), ctypes.c_void_p).value or 0
-    request = ctypes.c_void_p.from_address(context + ctypes.sizeof(fuse.fuse_context)).value
-    return ctypes.c_uint64.from_address(request + 8).value if request else 0
 
 
 _thread = threading.local()
@@ -286,8 +198,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._wants_passthrough = passthrough
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
-        self._fuse: int | None = None
-        self._session_fd = -1
+        self.session = Session(threads=_THREADS)
         self._names = _OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
@@ -298,15 +209,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._hidden: set[bytes] = set()  # names of such files that libfuse has not unlinked yet
         self._probed: dict[bytes, int] = {}  # names in libfuse's manner that were asked for, and by which request
         words: dict[str, object] = {
-            "max_threads": _THREADS,
-            "max_idle_threads": _THREADS,
             "fsname": fsname.replace("\\", "\\\\").replace(",", "\\,"),
         }
         for option in options:
             key, _, value = option.partition("=")
             words[key] = value or True
         callbacks = SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True))
-        super().__init__(callbacks, mountpoint, foreground=True, **words)
+        fuse.fuse_main_real = self.session.main
+        super().__init__(callbacks, mountpoint, **words)
 
     def _wrapper(self, func: Callable[..., int | None], *args: object) -> int:
         if not hasattr(_thread, "known"):
@@ -338,44 +248,26 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         conf.entry_timeout = conf.attr_timeout = _CACHE_S
         conf.negative_timeout = 0.0
         os.umask(0)
-        self._fuse = _libfuse.fuse_get_context().contents.fuse
-        session_fd = _libfuse.fuse_session_fd(_libfuse.fuse_get_session(self._fuse))
-        # An unmounted session is in error at once. libfuse frees all it has a moment later, while the settler may still
-        # be telling it of files. A duplicate: the descriptor may be another file's by then.
-        self._session_fd = os.dup(session_fd)
         if self._wants_passthrough and conn.capable & _CAP_PASSTHROUGH:
             conn.want |= _CAP_PASSTHROUGH
             conn.max_backing_stack_depth = 1
-            self._passthrough = Passthrough(session_fd, self._engine.backing, self._engine.openfiles)
+            self._passthrough = Passthrough(self.session.fd, self._engine.backing, self._engine.openfiles)
             self._io.kernel_may_serve = True
         self._on_ready(self)
-
-    def leave(self) -> None:
-        """End the session."""
-        _libfuse.fuse_exit(self._fuse)
 
     def why_no_passthrough(self) -> str:
         if self._passthrough is None:
             return "the kernel offers no passthrough for FUSE"
         return self._passthrough.refused
 
-    def invalidate(self, path: bytes) -> None:
-        """Let the kernel forget attributes and pages of a path. Not from a request that holds pages of it."""
-        if self._fuse is None:
-            return
-        session = select.poll()  # one may not be shared by threads
-        session.register(self._session_fd, 0)
-        if not session.poll(0):
-            _libfuse.fuse_invalidate_path(self._fuse, b"/" + path)
-
     def replaced(self, path: bytes) -> None:
         """Another inode came to a path, which changed its directory as well."""
-        self.invalidate(path)
-        self.invalidate(os.path.dirname(path))
+        self.session.invalidate(path)
+        self.session.invalidate(os.path.dirname(path))
 
     def _invalidate_others(self, st: os.stat_result, path: bytes | None) -> None:
         for name in self._names.of(Key.of(st), path):
-            self.invalidate(name)
+            self.session.invalidate(name)
 
     def _written(self, handle: Handle) -> None:
         """Content changed: let the other names of the file show it before the writer is answered.
@@ -386,7 +278,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         if self._names:
             for name in self._names.of_written(handle):
                 with suppress(TimeoutError):
-                    self._invalidating.submit(self.invalidate, name).result(_MOMENT_S)
+                    self._invalidating.submit(self.session.invalidate, name).result(_MOMENT_S)
 
     def _handle(self, fip: Any) -> Handle | None:
         return self._handles.get(fip.contents.fh) if fip else None
@@ -403,7 +295,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         handle = self._handle(fip)
         if handle is not None:
             found = self._vfs.getattr_open(handle)
-            if self._set_attributes.get(get_ident()) == _request():
+            if self._set_attributes.get(get_ident()) == request():
                 # Here libfuse does not take off the link that it keeps of an unlinked file, as it does otherwise.
                 found = found._replace(nlink=found.nlink - self._vfs.names_hidden(handle))
         elif path is None:
@@ -413,9 +305,9 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             name = relative.rpartition(b"/")[2]
             looks_hidden = _HIDDEN_NAME.fullmatch(name)
             if looks_hidden:
-                self._probed[name] = _request()
+                self._probed[name] = request()
             found = self._vfs.getattr(relative)
-            if looks_hidden and name in self._hidden and self._set_attributes.get(get_ident()) == _request():
+            if looks_hidden and name in self._hidden and self._set_attributes.get(get_ident()) == request():
                 found = found._replace(nlink=found.nlink - 1)  # as above
             if found.nlink > 1 and not stat.S_ISDIR(found.st.st_mode):
                 self._names.seen(found.st, relative)
@@ -428,13 +320,13 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         return 0
 
     def mknod(self, path: bytes, mode: int, device: int) -> None:
-        self._vfs.mknod(_relative(path), mode, device, _caller())
+        self._vfs.mknod(_relative(path), mode, device, caller())
 
     def mkdir(self, path: bytes, mode: int) -> None:
-        self._vfs.mkdir(_relative(path), mode, _caller())
+        self._vfs.mkdir(_relative(path), mode, caller())
 
     def symlink(self, target: bytes, path: bytes) -> None:
-        self._vfs.symlink(target, _relative(path), _caller())
+        self._vfs.symlink(target, _relative(path), caller())
 
     def unlink(self, path: bytes) -> None:
         relative = _relative(path)
@@ -448,7 +340,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
                 return  # it went with its last handle
             raise
         for other in self._names.gone(st, relative):
-            self.invalidate(other)
+            self.session.invalidate(other)
 
     def rmdir(self, path: bytes) -> None:
         self._vfs.rmdir(_relative(path))
@@ -463,17 +355,17 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def rename_fuse_3(self, path: bytes, new: bytes, flags: int) -> None:
         old, relative = _relative(path), _relative(new)
         name = relative.rpartition(b"/")[2]
-        if self._probed and self._probed.pop(name, None) == _request():
+        if self._probed and self._probed.pop(name, None) == request():
             # Within one request libfuse asked whether the name is free, and now moves a file there: an app that renames
             # a file to such a name asks and renames in two.
             st = self._vfs.hide(old, name)
             self._hidden.add(name)
             self._names.moved(st, old, relative)
             self._invalidate_others(st, relative)
-            self._hid[get_ident()] = (_request(), name)
+            self._hid[get_ident()] = (request(), name)
             return
         hid_in, hidden = self._hid.pop(get_ident(), (0, b""))
-        if hid_in and hid_in == _request() and self._vfs.unhide(hidden, relative, old):
+        if hid_in and hid_in == request() and self._vfs.unhide(hidden, relative, old):
             return
         st, replaced = self._vfs.rename(old, relative, flags)
         if flags & RENAME_EXCHANGE and replaced is not None:
@@ -482,7 +374,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         else:
             if replaced is not None:
                 for name in self._names.gone(replaced, relative):
-                    self.invalidate(name)
+                    self.session.invalidate(name)
             self._names.moved(st, old, relative)
         self._invalidate_others(st, relative)
 
@@ -520,7 +412,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     # -- attributes ---------------------------------------------------------------------------------------------------
 
     def _target(self, path: bytes | None, fip: Any) -> tuple[bytes | None, Handle | None]:
-        self._set_attributes[get_ident()] = _request()
+        self._set_attributes[get_ident()] = request()
         handle = self._handle(fip)
         if handle is None and path is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -543,7 +435,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def truncate_fuse_3(self, path: bytes | None, size_bytes: int, fip: Any) -> None:
         relative, handle = self._target(path, fip)
-        self._vfs.truncate(relative, handle, size_bytes, _caller())
+        self._vfs.truncate(relative, handle, size_bytes, caller())
         self._changed(path, handle)
 
     def setxattr(self, path: bytes, name: bytes, value: Any, size: int, flags: int) -> None:
@@ -551,10 +443,10 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._changed(path, None)
 
     def getxattr(self, path: bytes, name: bytes, value: Any, size: int) -> int:
-        return _answer(self._vfs.getxattr(_relative(path), name, _caller()), value, size)
+        return _answer(self._vfs.getxattr(_relative(path), name, caller()), value, size)
 
     def listxattr(self, path: bytes, names: Any, size: int) -> int:
-        return _answer(b"".join(name + b"\0" for name in self._vfs.listxattr(_relative(path), _caller())), names, size)
+        return _answer(b"".join(name + b"\0" for name in self._vfs.listxattr(_relative(path), caller())), names, size)
 
     def removexattr(self, path: bytes, name: bytes) -> None:
         self._vfs.removexattr(_relative(path), name)
@@ -564,14 +456,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def open(self, path: bytes, fip: Any) -> None:
         fi = fip.contents
-        handle = self._vfs.open(_relative(path), fi.flags, _caller())
+        handle = self._vfs.open(_relative(path), fi.flags, caller())
         self._enter(path, fi, handle)
         if fi.flags & os.O_TRUNC:
             self._written(handle)
 
     def create(self, path: bytes, mode: int, fip: Any) -> None:
         fi = fip.contents
-        self._enter(path, fi, self._vfs.create(_relative(path), fi.flags, mode, _caller()))
+        self._enter(path, fi, self._vfs.create(_relative(path), fi.flags, mode, caller()))
 
     def _enter(self, path: bytes, fi: Any, handle: Handle) -> None:
         handle.known_as = _relative(path)
@@ -604,7 +496,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         fi = fip.contents
         view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buffer.contents))).cast("B")
         handle = self._handles[fi.fh]
-        count = self._io.write(handle, view, offset, _caller(), cached=bool(fi.writepage))
+        count = self._io.write(handle, view, offset, caller(), cached=bool(fi.writepage))
         self._written(handle)
         return count
 
@@ -620,7 +512,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         others = self._names.of(handle.inode.key, None) if self._names else []
         self._io.release(handle)
         for name in others:  # one link less, if it was the last handle of a name that had been unlinked
-            self.invalidate(name)
+            self.session.invalidate(name)
 
     def fsync(self, path: bytes | None, data_only: int, fip: Any) -> None:
         handle = self._handles[fip.contents.fh]
@@ -633,11 +525,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         if handle.may_be_mapped and handle.inode.backing_file is not None:
             path = self._vfs.path_of(handle)
             if path is not None:
-                self.invalidate(path)
+                self.session.invalidate(path)
 
     def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, fip: Any) -> None:
         handle = self._handles[fip.contents.fh]
-        self._io.fallocate(handle, mode, offset, length, _caller())
+        self._io.fallocate(handle, mode, offset, length, caller())
         self._written(handle)
 
     def lseek(self, path: bytes | None, offset: int, whence: int, fip: Any) -> int:
@@ -655,7 +547,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         flags: int,
     ) -> int:
         source, target = self._handles[fip_in.contents.fh], self._handles[fip_out.contents.fh]
-        count = self._io.copy_range(source, offset_in, target, offset_out, size, _caller())
+        count = self._io.copy_range(source, offset_in, target, offset_out, size, caller())
         self._written(target)
         return count
 
@@ -676,12 +568,12 @@ def _why_not_passthrough(wanted: Wanted) -> str:
         return "passthrough=off"
     version = (fuse.fuse_version_major, fuse.fuse_version_minor)
     if version < _PASSTHROUGH_LIBFUSE:
-        needed = _dotted(_PASSTHROUGH_LIBFUSE)
-        return f"libfuse {_dotted(version)} is older than {needed}; scripts/libfuse builds a newer one"
+        needed = dotted(_PASSTHROUGH_LIBFUSE)
+        return f"libfuse {dotted(version)} is older than {needed}; scripts/libfuse builds a newer one"
     release = os.uname().release
     found = re.match(r"(\d+)\.(\d+)", release)
     if found is not None and (int(found[1]), int(found[2])) < _PASSTHROUGH_LINUX:
-        return f"Linux {release} is older than {_dotted(_PASSTHROUGH_LINUX)}"
+        return f"Linux {release} is older than {dotted(_PASSTHROUGH_LINUX)}"
     if os.geteuid() != 0:
         return "only root may let the kernel pass files through"
     return ""
@@ -694,7 +586,7 @@ def serve(
     *,
     fsname: str,
     wanted: Wanted,
-    on_ready: Callable[[Session], None],
+    on_ready: Callable[[Mount], None],
 ) -> None:
     """Mount, and serve until unmounted. `on_ready` is called from FUSE's init.
 
@@ -710,17 +602,17 @@ def serve(
         nonlocal refused
         refused = adapter.why_no_passthrough()
         if refused and wanted is Wanted.ON:
-            adapter.leave()
+            adapter.session.leave()
             return
         ready.set()
-        on_ready(Session(adapter.replaced, lambda: hindrance or adapter.why_no_passthrough()))
+        on_ready(Mount(adapter.replaced, lambda: hindrance or adapter.why_no_passthrough()))
 
     try:
         _Adapter(engine, mountpoint, options, fsname, passthrough=not hindrance, on_ready=announce)
     except RuntimeError as error:
         if not ready.is_set():
             raise SourceError(f"cannot mount at {mountpoint} (libfuse says {error}); see the lines above") from None
-        if error.args != (_ENDED_BY_SIGNAL,):
+        if error.args != (ENDED_BY_SIGNAL,):
             log.error("libfuse ended with %s", error)
     if not ready.is_set():
         raise Unavailable(f"no passthrough: {refused}; leave passthrough=on out to do without")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import TextIO
 
 from . import control
 from .backing import Backing
@@ -70,9 +71,9 @@ def serve(
 
         ready = threading.Event()
 
-        def when_ready(session: fusefs.Session) -> None:
-            engine.on_replaced = session.forget
-            engine.why_no_passthrough = session.why_no_passthrough
+        def when_ready(mount: fusefs.Mount) -> None:
+            engine.on_replaced = mount.forget
+            engine.why_no_passthrough = mount.why_no_passthrough
             if log_fd is not None:
                 os.dup2(log_fd, sys.stderr.fileno())
             log.info("serving %s at %s", source, mountpoint)
@@ -281,13 +282,23 @@ def prepare_process() -> None:
     """Make the process a good daemon: what it logs, and its stacks should it crash, go to standard error; and it may
     hold as many descriptors as all apps together."""
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
+        handlers=[_LogHandler(sys.stderr)],
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s",
     )
     faulthandler.enable()
     # How long a request waits for the interpreter while settling computes; by default 5 ms.
     sys.setswitchinterval(0.0002)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+class _LogHandler(logging.StreamHandler[TextIO]):
+    """A line that the disk has no room for is lost; what else goes wrong with a line is told, as everywhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 # -- unmounting -------------------------------------------------------------------------------------------------------

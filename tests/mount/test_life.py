@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -553,6 +555,40 @@ def test_every_way_to_end_a_mount_leaves_it_clean(mounted: Mounted, how: str) ->
     dedupfs("umount", mounted.mountpoint, exit_code=67)
     mounted.start()
     assert paths[0].read_bytes() == photograph().read_bytes() + b"just before"
+
+
+@ONE_FLAVOUR
+def test_a_signal_ends_a_mount_that_is_at_work(mounted: Mounted) -> None:
+    """Apps save and read while what they saved is shared, so that there is always a file that the kernel is told of."""
+    content = photograph().read_bytes()
+
+    def work(folder: str, saved: set[str]) -> None:
+        for number in range(1000):
+            name = f"{folder}/{number}.jpg"
+            try:
+                mounted.path(name).write_bytes(content)
+                saved.add(name)
+                assert mounted.path(f"{folder}/{number // 2}.jpg").read_bytes() == content
+            except OSError:
+                return
+
+    for round_ in range(4):
+        saved: set[str] = set()
+        apps = []
+        for folder in (f"{round_} left", f"{round_} right"):
+            mounted.path(folder).mkdir()
+            apps.append(threading.Thread(target=work, args=(folder, saved)))
+        for app in apps:
+            app.start()
+        while len(saved) < 20 * round_:
+            time.sleep(0.001)
+        os.kill(mounted.pid, signal.SIGTERM)
+        for app in apps:
+            app.join()
+        mounted.wait_until_ended()
+        assert (mounted.store / "clean").exists()
+        mounted.start()
+        assert [name for name in saved if mounted.path(name).read_bytes() != content] == []
 
 
 @ONE_FLAVOUR

@@ -308,8 +308,8 @@ def _serve_mount(source: str, mountpoint: str, options: str, steps: Steps) -> No
         server.start()
         engine.store.announce(mountpoint=mountpoint, socket=path)
 
-        def ready(session: fusefs.Session) -> None:
-            engine.on_replaced = session.forget
+        def ready(mount_: fusefs.Mount) -> None:
+            engine.on_replaced = mount_.forget
             print("ready", flush=True)
 
         words = [*parsed.fuse_words, f"subtype={control.FUSE_TYPE.removeprefix('fuse.')}"]

@@ -42,6 +42,7 @@ LAYERS = [
     # edges
     "passthrough",
     "control",
+    "libfuse",
     "fusefs",
     "mount",
     "cli",
@@ -51,7 +52,7 @@ LAYERS = [
 # A library is the business of one module; another may take its place without the rest noticing.
 OWNERS = {
     "lmdb": "index",
-    "mfusepy": "fusefs",
+    "mfusepy": "libfuse",
     "xxhash": "digest",
     "PIL": "phash",
     "imagehash": "phash",
@@ -61,7 +62,7 @@ OWNERS = {
 LATE = {
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
-    ("fusefs", "mfusepy"),  # takes the library it finds first, so that has to be chosen before
+    ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before
 }
 
 

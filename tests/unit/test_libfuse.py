@@ -14,7 +14,7 @@ from tests.support.tools import attempt, tool
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "libfuse"
 
-# Everything that dedupfs/fusefs.py touches, by the structs' names in C.
+# Everything that dedupfs touches, by the structs' names in C.
 FIELDS = {
     "fuse_file_info": ["flags", "fh"],
     "fuse_conn_info": ["max_write", "capable", "want"],
@@ -192,13 +192,13 @@ def _assert_refused(library: Path, directory: Path, reason: str) -> None:
 def test_a_machine_never_tried_is_refused(built: Path) -> None:
     """The machine is what the kernel says it is, so that another is only to be had by asking the check itself."""
     code = """\
-from dedupfs import errors, fusefs
+from dedupfs import errors, libfuse
 for machine, pointer_bytes in (("riscv64", 8), ("x86_64", 4), ("i686", 4)):
     try:
-        fusefs._refuse_untried((3, 17), machine, pointer_bytes)
+        libfuse._refuse_untried((3, 17), machine, pointer_bytes)
     except errors.Unavailable as problem:
         print(problem)
-fusefs._refuse_untried((3, 17), "aarch64", 8)
+libfuse._refuse_untried((3, 17), "aarch64", 8)
 """
     answer = tool(
         *(sys.executable, "-c", code), environment={"FUSE_LIBRARY_PATH": str(built), "PYTHONPATH": str(REPOSITORY)}
