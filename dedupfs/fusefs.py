@@ -216,7 +216,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             words[key] = value or True
         callbacks = SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True))
         fuse.fuse_main_real = self.session.main
-        super().__init__(callbacks, mountpoint, **words)
+        try:
+            super().__init__(callbacks, mountpoint, **words)
+        finally:
+            if self._passthrough is not None:
+                self._passthrough.end()
 
     def _wrapper(self, func: Callable[..., int | None], *args: object) -> int:
         if not hasattr(_thread, "known"):

@@ -55,7 +55,13 @@ class Passthrough:
     def __init__(self, session_fd: int, backing: Backing, openfiles: OpenFiles) -> None:
         self._fd, self._backing = session_fd, backing
         self.refused = ""  # why the kernel took the last file that it did not take; "" if it took all
+        self._ended = False
         openfiles.close_backing_file = self._close
+
+    def end(self) -> None:
+        """The session is over, and its ids with it: what is still open then must not close them by a number that is
+        another descriptor's by now."""
+        self._ended = True
 
     def attach(self, handle: Handle) -> Way:
         """Decide how the I/O of a new handle goes. Its open has not been answered. Raises OSError (ETXTBSY)."""
@@ -90,7 +96,8 @@ class Passthrough:
         return number
 
     def _close(self, backing_file: BackingFile) -> None:
-        fcntl.ioctl(self._fd, _BACKING_CLOSE, struct.pack("=I", backing_file.id))
+        if not self._ended:
+            fcntl.ioctl(self._fd, _BACKING_CLOSE, struct.pack("=I", backing_file.id))
 
     def _refuse(self, error: OSError) -> None:
         reason = _REASONS.get(error.errno or 0, f"the kernel refuses: {os.strerror(error.errno or errno.EIO)}")

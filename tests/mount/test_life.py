@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -582,12 +582,18 @@ def test_a_signal_ends_a_mount_that_is_at_work(mounted: Mounted) -> None:
             app.start()
         while len(saved) < 20 * round_:
             time.sleep(0.001)
+        held = [os.open(mounted.path(f"{round_} open.jpg"), flags) for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY)]
+        os.write(held[0], content)
         os.kill(mounted.pid, signal.SIGTERM)
         for app in apps:
             app.join()
         mounted.wait_until_ended()
+        for fd in held:
+            with suppress(OSError):  # nobody is there any more to tell
+                os.close(fd)
         assert (mounted.store / "clean").exists()
         mounted.start()
+        assert mounted.path(f"{round_} open.jpg").read_bytes() == content
         assert [name for name in saved if mounted.path(name).read_bytes() != content] == []
 
 
