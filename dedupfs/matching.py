@@ -17,7 +17,7 @@ from functools import partial
 from .backing import Backing
 from .blobs import Blobs
 from .digest import DescriptorHasher, same_bytes
-from .errors import DamagedContent
+from .errors import DamagedContent, StoreError
 from .index import Batch
 from .journal import Recording
 from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
@@ -217,7 +217,9 @@ class Matcher:
         for ino in others():
             held = batch.file(ino)
             if held is not None and held.state is FileState.REFERENCE:
-                return self._heal(batch, file, content)  # references without a blob wait for this copy
+                if self._refers(batch, ino, content):
+                    return self._heal(batch, file, content)  # references without a blob wait for this copy
+                continue
             with self._open_other(batch, ino) as other:
                 if other is None or os.fstat(other.fd).st_nlink != 1:
                     continue
@@ -279,16 +281,30 @@ class Matcher:
         # Nobody can be compared with: all are being written to, say. Then nobody vouches for this content, and the file
         # takes it over; they find it when they are settled again.
         everybody = list(others())
+        if any(self._refers(batch, ino, content) for ino in everybody):
+            return False
         for ino in everybody:
             held = batch.file(ino)
             if held is not None and held.state is FileState.REFERENCE:
-                return False
-        for ino in everybody:
+                continue  # of a file that is not there; the walk drops it
             paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._leads_to(path, ino)]
             batch.doubt_file(ino)
             if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)):
                 self._offer(ino, paths[0] if paths else UNKNOWN_PATH)
         return True
+
+    def _refers(self, batch: Batch, ino: Ino, content: ContentKey) -> bool:
+        """Whether an inode that is recorded as a reference is one. After a power loss the index may know of more than
+        the tree: LMDB flushes its own pages, which does not carry the filesystem's journal to disk."""
+        record = batch.file(ino)
+        if record is None or record.state is not FileState.REFERENCE:
+            return False
+        for path in batch.paths(ino, self._backing.root_ino):
+            with suppress(OSError, StoreError):
+                reference = self._backing.read_reference(path)
+                if reference is not None and reference.content == content and self._leads_to(path, ino):
+                    return True
+        return False
 
     def _leads_to(self, path: bytes, ino: Ino) -> bool:
         try:

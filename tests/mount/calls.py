@@ -878,6 +878,9 @@ def removing(place: Place) -> None:
     place.call("mkdir in a removed directory", os.mkdir, "x", dir_fd=fd)
     place.call("list a removed directory", os.listdir, fd)
     place.call("look in a removed directory", os.stat, "x", dir_fd=fd)
+    fd = place.fd("third", os.O_PATH)
+    os.unlink(place["third"])
+    place.call("fstat of a removed file by O_PATH", lambda: os.fstat(fd).st_nlink)
 
 
 @case

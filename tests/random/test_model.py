@@ -11,6 +11,7 @@ sides until something sets it to now, which must happen on both.
 """
 
 import errno
+import fcntl
 import itertools
 import mmap
 import os
@@ -119,6 +120,12 @@ class Side:
             st = os.stat(self.at(path), follow_symlinks=False)
             return [slot for slot, fd in self.handles.items() if os.path.samestat(st, os.fstat(fd))]
         return []
+
+    def has_no_name(self, slot: int) -> bool:
+        """Whether an open file is one that libfuse cannot tell us of: removed, and not opened by a request of its own
+        that it would go by."""
+        found, flags = os.fstat(self.handles[slot]), fcntl.fcntl(self.handles[slot], fcntl.F_GETFL)
+        return not found.st_nlink and bool(flags & os.O_PATH or stat.S_ISDIR(found.st_mode))
 
     # -- names
 
@@ -405,6 +412,8 @@ class Operations(RuleBasedStateMachine):
         shown = f"{operation}({', '.join(repr(_short(argument)) for argument in arguments)})"
         mount, plain = (_outcome(getattr(side, operation), *arguments) for side in self.sides)
         self.trace.append(f"{shown} -> {plain}")
+        if mount == "ESTALE" and operation.startswith("handle_") and self.plain.has_no_name(arguments[0]):
+            return plain
         self.demand(mount == plain, f"{shown}\n  mount: {mount}\n  plain: {plain}")
         return plain
 
