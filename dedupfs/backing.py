@@ -295,10 +295,14 @@ class Backing:
         """
         return stat.S_ISREG(st.st_mode) and st.st_size >= SMALLEST_SHARED_BYTES and st.st_blocks * 512 < st.st_size
 
-    def read_reference(self, path: bytes) -> Reference | None:
-        """The reference that the file carries, None when it carries none. Raises StoreError for one we cannot read."""
+    def read_reference(self, path: bytes, directory_fd: int | None = None) -> Reference | None:
+        """The reference that the file carries, None when it carries none. Raises StoreError for one we cannot read.
+
+        `path` is relative to `directory_fd`, or to the source.
+        """
+        full = self._xattr_path(path) if directory_fd is None else b"/proc/self/fd/%d/%s" % (directory_fd, path)
         try:
-            value = self.getxattr(path, self.reference_xattr)
+            value = os.getxattr(full, self.reference_xattr, follow_symlinks=False)
         except OSError as error:
             if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
                 return None

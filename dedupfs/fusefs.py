@@ -29,13 +29,14 @@ from .errors import DedupfsError, SourceError, Unavailable
 from .libfuse import ENDED_BY_SIGNAL, Session, caller, dotted, fuse, request
 from .openfiles import Handle, Key, OpenFiles
 from .passthrough import Passthrough
-from .vfs import Attributes
+from .vfs import Attributes, Directory
 
 log = logging.getLogger(__name__)
 
 
 _CAP_DONT_MASK = 1 << 6
 _CAP_READDIRPLUS = 1 << 13
+_CAP_READDIRPLUS_AUTO = 1 << 14
 _CAP_POSIX_ACL = 1 << 19
 _CAP_HANDLE_KILLPRIV_V2 = 1 << 21
 _CAP_PASSTHROUGH = 1 << 29
@@ -43,6 +44,10 @@ _CAP_PASSTHROUGH = 1 << 29
 _PASSTHROUGH_LIBFUSE = (3, 17)
 _PASSTHROUGH_LINUX = (6, 9)
 
+# The least that the kernel has room for (fuse_readdir_uncached: a page), and what an entry takes of it besides its name
+# (struct fuse_direntplus).
+_DIRECTORY_BUFFER_BYTES = 4096
+_DIRENTPLUS_BYTES = 152
 _FILL_DIR_PLUS = 2
 _READDIR_PLUS = 1
 _KEPT = 0xFFFFFFFF  # chown's -1
@@ -202,6 +207,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._names = _OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
+        self._directories: dict[int, Directory] = {}
         # What was done for the request that a thread serves (libfuse makes several calls for some), by thread: changed
         # attributes in which request; hid an open file in which request, under which name.
         self._set_attributes: dict[int, int] = {}
@@ -245,6 +251,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         conn, conf = connection.contents, config.contents
         for wanted in (_CAP_READDIRPLUS, _CAP_POSIX_ACL, _CAP_DONT_MASK, _CAP_HANDLE_KILLPRIV_V2):
             conn.want |= conn.capable & wanted
+        # Attributes with every entry: programs that list an archive look at what they find, or else pay little.
+        conn.want &= ~_CAP_READDIRPLUS_AUTO
         conn.max_write = _MAX_WRITE_BYTES
         conf.use_ino = 1
         conf.nullpath_ok = 1
@@ -383,30 +391,41 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._invalidate_others(st, relative)
 
     def opendir(self, path: bytes, fip: Any) -> None:
-        fip.contents.fh = self._vfs.opendir(_relative(path))
+        directory = self._vfs.opendir(_relative(path))
+        fip.contents.fh = id(directory)
+        self._directories[id(directory)] = directory
 
     def readdir_fuse_3(self, path: bytes | None, buffer: Any, filler: Any, offset: int, fip: Any, flags: int) -> int:
+        """Answers as many entries as are sure to fit, with their attributes as of now.
+
+        The offsets are . and .. and then the positions of the vfs. Were all entries handed over at once, libfuse would
+        keep those that do not fit, and the kernel take their attributes for fresh ones later. And were one handed over
+        that does not fit, libfuse would count a look-up of it that the kernel never ends.
+        """
+        directory = self._directories[fip.contents.fh]
         st = fuse.c_stat()
-        for name in (b".", b".."):
-            filler(buffer, name, None, 0, 0)
-        plus = bool(flags & _READDIR_PLUS)
-        for entry in self._vfs.readdir(fip.contents.fh, attributes=plus):
-            found = entry.attributes
-            if found is not None:
-                # What is told of the names of a hard link goes stale: let the kernel look each of them up.
-                whole = stat.S_ISDIR(found.st.st_mode) or found.nlink == 1
-                _fill(st, found)
-                filler(buffer, entry.name, st, 0, _FILL_DIR_PLUS if whole else 0)
-            else:
-                st.st_ino, st.st_mode = entry.ino, entry.type_bits
-                filler(buffer, entry.name, st, 0, 0)
+        room = _DIRECTORY_BUFFER_BYTES - 2 * (_DIRENTPLUS_BYTES + 8)
+        for following, name in enumerate((b".", b".."), start=1):
+            if offset < following:
+                filler(buffer, name, None, following, 0)
+        for name, found, following in self._vfs.readdir(directory, max(0, offset - 2)):
+            room -= _DIRENTPLUS_BYTES + (len(name) + 7 & ~7)
+            if room < 0:
+                break
+            if found is None:
+                filler(buffer, name, None, following + 2, 0)
+                continue
+            _fill(st, found)
+            # What is told of the names of a hard link goes stale: let the kernel look each of them up.
+            whole = flags & _READDIR_PLUS and (found.nlink == 1 or stat.S_ISDIR(found.st.st_mode))
+            filler(buffer, name, st, following + 2, _FILL_DIR_PLUS if whole else 0)
         return 0
 
     def releasedir(self, path: bytes | None, fip: Any) -> None:
-        os.close(fip.contents.fh)
+        os.close(self._directories.pop(fip.contents.fh).fd)
 
     def fsyncdir(self, path: bytes | None, data_only: int, fip: Any) -> None:
-        os.fsync(fip.contents.fh)
+        os.fsync(self._directories[fip.contents.fh].fd)
 
     def statfs(self, path: bytes, buffer: Any) -> None:
         found, target = self._vfs.statfs(_relative(path)), buffer.contents

@@ -36,13 +36,23 @@ class Attributes(NamedTuple):
     nlink: int
 
 
+class Directory:
+    """A directory that an app has open, and the names in it when it was last read from its beginning."""
+
+    __slots__ = ("fd", "names")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.names: list[bytes] = []
+
+
 class Entry(NamedTuple):
-    """A directory entry; `attributes` are what `getattr` answers, when they were asked for."""
+    """A directory entry. `attributes` are what `getattr` answers, None where the filesystem cannot tell; `following` is
+    the position behind it."""
 
     name: bytes
-    ino: Ino
-    type_bits: int
     attributes: Attributes | None
+    following: int
 
 
 def _errno(code: int) -> OSError:
@@ -84,7 +94,10 @@ class Vfs:
 
     def getattr(self, path: bytes) -> Attributes:
         resolved = self._resolve(path)
-        found = self._attributes(self._backing.lstat(resolved), resolved)
+        st = self._backing.lstat(resolved)
+        found = self._attributes(st, resolved)
+        if not resolved and found.nlink > 2:
+            found = found._replace(nlink=found.nlink - 1)  # the store is not seen
         hidden = self._orphans.count(Key.of(found.st))
         if resolved is not path:
             hidden -= 1  # the link of the orphan that is asked for, libfuse takes off
@@ -104,42 +117,40 @@ class Vfs:
         """How many of an open file's links nobody sees, since they were unlinked."""
         return self._orphans.count(handle.inode.key)
 
-    def _attributes(self, st: os.stat_result, path: bytes) -> Attributes:
+    def _attributes(self, st: os.stat_result, path: bytes, directory_fd: int | None = None) -> Attributes:
         """What to report of an inode: of a reference the blocks of its content, so that nobody takes it for a file of
-        holes; of the root no link from the store."""
-        blocks, nlink = st.st_blocks, st.st_nlink
+        holes."""
+        blocks = st.st_blocks
         if self._backing.may_be_reference(st):
             with suppress(StoreError):
-                if self._backing.read_reference(path) is not None:
+                if self._backing.read_reference(path, directory_fd) is not None:
                     blocks = _full_blocks(st)
-        elif not path and nlink > 2:
-            nlink -= 1
-        return Attributes(st, blocks, nlink)
+        return Attributes(st, blocks, st.st_nlink)
 
     def readlink(self, path: bytes) -> bytes:
         return self._backing.readlink(self._resolve(path))
 
-    def opendir(self, path: bytes) -> int:
-        return self._backing.open(self._resolve(path), os.O_RDONLY | os.O_DIRECTORY)
+    def opendir(self, path: bytes) -> Directory:
+        return Directory(self._backing.open(self._resolve(path), os.O_RDONLY | os.O_DIRECTORY))
 
-    def readdir(self, fd: int, *, attributes: bool) -> Iterator[Entry]:
-        """Entries of an open directory, without . and .. ."""
-        at_root = os.fstat(fd).st_ino == self._backing.root_ino
-        path = self._backing.path_of(fd) if attributes else None
-        prefix = path + b"/" if path else b""
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                name = os.fsencode(entry.name)
-                if at_root and name == STORE_DIRECTORY:
-                    continue
-                found = None
-                if attributes and path is not None:
-                    try:
-                        st = entry.stat(follow_symlinks=False)
-                        found = self._attributes(st, prefix + name)
-                    except OSError:
-                        continue  # removed while we listed
-                yield Entry(name, Ino(entry.inode()), _type_of(entry), found)
+    def readdir(self, directory: Directory, position: int) -> Iterator[Entry]:
+        """The entries from a position on, without . and .. . At position 0 the names are read anew; what has been made
+        since is not shown, what has been removed is left out, and attributes are those of now."""
+        if not position:
+            at_root = os.fstat(directory.fd).st_ino == self._backing.root_ino
+            found = map(os.fsencode, os.listdir(directory.fd))
+            directory.names = [name for name in found if not (at_root and name == STORE_DIRECTORY)]
+        for following in range(position + 1, len(directory.names) + 1):
+            name = directory.names[following - 1]
+            attributes = None
+            try:
+                st = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+                attributes = self._attributes(st, name, directory.fd)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                pass  # damaged, say: it has a name all the same
+            yield Entry(name, attributes, following)
 
     def statfs(self, path: bytes) -> os.statvfs_result:
         """Of the filesystem that `path` is on: another one may be mounted inside the source."""
@@ -417,13 +428,3 @@ class Vfs:
 
 def _full_blocks(st: os.stat_result) -> int:
     return -(-st.st_size // 4096) * 8
-
-
-def _type_of(entry: os.DirEntry[str]) -> int:
-    if entry.is_symlink():
-        return stat.S_IFLNK
-    if entry.is_dir(follow_symlinks=False):
-        return stat.S_IFDIR
-    if entry.is_file(follow_symlinks=False):
-        return stat.S_IFREG
-    return 0  # a special file: the kernel asks when it matters

@@ -92,15 +92,15 @@ class App:
         return bytes(buffer[:length])
 
     def paths(self, directory: bytes = b"") -> set[str]:
-        fd = self._vfs.opendir(directory)
+        opened = self._vfs.opendir(directory)
         try:
-            entries = list(self._vfs.readdir(fd, attributes=False))
+            entries = list(self._vfs.readdir(opened, 0))
         finally:
-            os.close(fd)
+            os.close(opened.fd)
         found = set()
         for entry in entries:
             path = directory + b"/" + entry.name if directory else entry.name
-            if stat.S_ISDIR(entry.type_bits):
+            if entry.attributes is not None and stat.S_ISDIR(entry.attributes.st.st_mode):
                 found |= self.paths(path)
             else:
                 found.add(os.fsdecode(path))

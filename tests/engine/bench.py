@@ -316,11 +316,11 @@ class Bench:
         self.engine.vfs.rmdir(os.fsencode(path))
 
     def names(self, path: str = "") -> list[str]:
-        fd = self.engine.vfs.opendir(os.fsencode(path))
+        directory = self.engine.vfs.opendir(os.fsencode(path))
         try:
-            return sorted(os.fsdecode(entry.name) for entry in self.engine.vfs.readdir(fd, attributes=False))
+            return sorted(os.fsdecode(entry.name) for entry in self.engine.vfs.readdir(directory, 0))
         finally:
-            os.close(fd)
+            os.close(directory.fd)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
