@@ -100,9 +100,11 @@ class FileIo:
             if not self._quiet_flag:
                 raise
             fd = self._backing.open(path, kept)  # only its owner and root may read a file quietly
+        st = os.fstat(fd)
         return self._openfiles.register(
-            Key.of(os.fstat(fd)),
+            Key.of(st),
             fd,
+            alone=st.st_nlink == 1,
             writes=writes,
             appends=writes and bool(flags & os.O_APPEND),
             pid=pid,
@@ -348,7 +350,9 @@ class FileIo:
     def fsync(self, handle: Handle, *, data_only: bool) -> None:
         """Make durable what the handle shows: of a reference, its blob, itself, and that it is at its path."""
         inode = handle.inode
-        if inode.reference is not None:
+        if inode.reference is not None and not self._backing.orders_metadata:
+            self._backing.sync()  # one by one, what comes first might be found without the others
+        elif inode.reference is not None:
             self._backing.fsync(handle.read_fd)
             self._backing.fsync(handle.own_fd)
             path = self._backing.path_of(handle.own_fd)

@@ -115,8 +115,7 @@ class Totals:
         return self.logical_bytes - self.stored_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who asks: the credentials FUSE reports for a request."""
 
     uid: int
