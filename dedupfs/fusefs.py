@@ -27,8 +27,9 @@ from .backing import RENAME_EXCHANGE
 from .config import Passthrough as Wanted
 from .engine import Engine
 from .errors import DedupfsError, SourceError, Unavailable
+from .hardlinks import OtherNames
 from .libfuse import ENDED_BY_SIGNAL, Session, caller, dotted, fuse, request
-from .openfiles import Handle, Key, OpenFiles
+from .openfiles import Handle, Key
 from .passthrough import Passthrough
 from .vfs import Attributes, Directory
 
@@ -126,73 +127,6 @@ def _keep_thread_state() -> None:
     ctypes.pythonapi.PyGILState_Ensure()
 
 
-class _OtherNames:
-    """The names of hard-linked files that the kernel may have cached attributes under, and of each open file the one by
-    which the kernel knows it (`Handle.known_as`)."""
-
-    def __init__(self, openfiles: OpenFiles) -> None:
-        self._lock = threading.Lock()
-        self._openfiles = openfiles
-        self._names: dict[Key, set[bytes]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._names)
-
-    def seen(self, st: os.stat_result, path: bytes) -> None:
-        with self._lock:
-            self._names.setdefault(Key.of(st), set()).add(path)
-
-    def of(self, key: Key, path: bytes | None) -> list[bytes]:
-        with self._lock:
-            return [name for name in self._names.get(key, ()) if name != path]
-
-    def of_written(self, handle: Handle) -> list[bytes]:
-        with self._lock:
-            return [name for name in self._names.get(handle.inode.key, ()) if name != handle.known_as]
-
-    def gone(self, st: os.stat_result, path: bytes) -> list[bytes]:
-        """An inode lost a name; `st` is from afterwards. Answers its other names."""
-        with self._lock:
-            names = self._names.get(Key.of(st), set())
-            names.discard(path)
-            if st.st_nlink <= 1:  # the last name has no others, and a number that is used again inherits none
-                self._names.pop(Key.of(st), None)
-            return list(names)
-
-    def moved(self, st: os.stat_result, old: bytes, new: bytes) -> None:
-        """A file or directory was renamed."""
-        with self._lock:
-            self._move(st, {old: new})
-
-    def exchanged(self, st: os.stat_result, other: os.stat_result, old: bytes, new: bytes) -> None:
-        """`st` is at `new` now, and `other` at `old`."""
-        with self._lock:
-            whole = other if stat.S_ISDIR(other.st_mode) else st
-            self._move(whole, {old: new, new: old})
-            if not stat.S_ISDIR(whole.st_mode):
-                self._move(other, {new: old})
-
-    def _move(self, st: os.stat_result, moves: dict[bytes, bytes]) -> None:
-        if stat.S_ISDIR(st.st_mode):
-            changed, handles = list(self._names.values()), self._openfiles.handles()
-        else:
-            changed, handles = [self._names.get(Key.of(st), set())], self._openfiles.handles_of(Key.of(st))
-        for names in changed:
-            moved = {_moved(name, moves) for name in names}
-            names.clear()
-            names.update(moved)
-        for handle in handles:
-            handle.known_as = _moved(handle.known_as, moves)
-
-
-def _moved(path: bytes, moves: dict[bytes, bytes]) -> bytes:
-    """Where a path leads after these renames of it or of a directory that it is in."""
-    for old, new in moves.items():
-        if path == old or path.startswith(old + b"/"):
-            return new + path[len(old) :]
-    return path
-
-
 class _Adapter(fuse.FUSE):  # type: ignore[misc]
     """One mount. Constructing it serves until it is unmounted; every method but `__init__` is a callback."""
 
@@ -211,7 +145,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
         self.session = Session(threads=_THREADS)
-        self._names = _OtherNames(engine.openfiles)
+        self._names = OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, Directory] = {}

@@ -40,6 +40,7 @@ LAYERS = [
     "engine",
     "fsck",
     # edges
+    "hardlinks",
     "passthrough",
     "control",
     "libfuse",
