@@ -367,11 +367,16 @@ def test_ctrl_c(live: FakeMount) -> None:
         return {}
 
     live.answers["settle"] = wait
-    with start("settle", live.source) as process:
-        assert asked.wait(10)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
-        release.set()
+    # A shell that starts us in the background has it ignored, which children inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with start("settle", live.source) as process:
+            assert asked.wait(10)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=10)
+            release.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (process.returncode, err) == (130, b"dedupfs: interrupted\n")
 
 
