@@ -41,6 +41,8 @@ class MountOptions:
     noatime: bool = False
     # Let other users in (their rights are checked by the kernel). Always so for root, on request for a user.
     allow_other: bool = False
+    # How fast a scrub reads, in units of 10^6 bytes a second; 0 sets no bound.
+    scrub_rate_mb_s: int = 50
     # What libfuse is told, one `-o` word each.
     fuse_words: tuple[str, ...] = ()
 

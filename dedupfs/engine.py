@@ -19,15 +19,16 @@ from .blobs import Blobs
 from .config import MountOptions
 from .digest import DescriptorHasher, hash_descriptor
 from .duplicates import Answers, Group
-from .errors import IndexDamaged, SourceError, StoreError, Unavailable
+from .errors import Busy, IndexDamaged, SourceError, StoreError, Unavailable, UsageError
 from .fileio import FileIo
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
-from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, FileState, Progress
-from .openfiles import Gate, OpenFiles
+from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, Damage, FileState, Ino, Progress
+from .openfiles import Gate, Key, OpenFiles
 from .orphans import Orphans
 from .reconcile import Census, Reconciler, Stopped, walk
+from .scrub import Scrubber
 from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, QUARANTINE, Store
@@ -36,6 +37,7 @@ from .vfs import Vfs
 log = logging.getLogger(__name__)
 
 _RELEASE_S = 2.0  # how long a close() may take to reach us
+_HEALING_S = 600.0  # how long a scrub waits for a copy to be settled, which may be behind others
 
 
 class Engine:
@@ -124,6 +126,19 @@ class Engine:
         )
         self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, self._orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
+        self._scrubber = Scrubber(
+            backing,
+            self.index,
+            self.blobs,
+            self.openfiles,
+            self.gate,
+            self.settler,
+            hasher,
+            lambda path: self.on_replaced(path),
+            self._settle_again,
+        )
+        self._scrub_rate_bytes_s = options.scrub_rate_mb_s * 10**6
+        self._scrub_lock = threading.Lock()
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None
@@ -242,16 +257,49 @@ class Engine:
         self.index.clear()
         self.settler.index_is_complete = False
 
-    def look_again(self, content: ContentKey) -> None:
-        """Forget what is known of plain files with this content, and queue them: one of them may heal its blob."""
-        batch = self.index.batch()
-        for ino in self.index.holders(content):
-            record = self.index.file(ino)
-            if record is not None and record.state is FileState.PLAIN:
-                paths = self.index.paths(ino, self.backing.root_ino)
-                batch.doubt_file(ino)
-                self.settler.offer(ino, paths[0] if paths else UNKNOWN_PATH)
-        batch.commit()
+    def look_again(self, content: ContentKey) -> list[Ino]:
+        """Forget what is known of files that hold this content themselves, and queue them: one of them may heal its
+        blob. Answers which they are."""
+        found: dict[Ino, bytes] = {}
+        with self.settler.writing() as batch:
+            for ino in batch.holders(content):
+                record = batch.file(ino)
+                if record is not None and record.state is not FileState.REFERENCE:
+                    paths = self.index.paths(ino, self.backing.root_ino)
+                    batch.doubt_file(ino)
+                    found[ino] = paths[0] if paths else UNKNOWN_PATH
+        for ino, path in found.items():
+            self.settler.offer(ino, path)
+        return list(found)
+
+    def _settle_again(self, content: ContentKey) -> None:
+        offered = self.look_again(content)
+        if not self._running:
+            self._work_off(lambda phase, done, total: None)
+        for ino in offered if self._running else ():
+            self.settler.wait_settled(Key(self.backing.device, ino), _HEALING_S)
+
+    def scrub(self, progress: Progress, rate_mb_s: float | None = None) -> dict[str, object]:
+        """Read every content again (see `scrub`); 0 sets no bound, None takes the mount's. Raises Busy beside another
+        scrub, UsageError where nothing may be healed."""
+        if self._read_only:
+            raise UsageError("the mount is read-only, and a scrub heals what it can; mount without ro to scrub")
+        if not self._scrub_lock.acquire(blocking=False):
+            raise Busy("a scrub of this source is running already; wait for it to end")
+        try:
+            if not self._running and not self.settler.index_is_complete:
+                self.scan(progress)
+            totals = self.index.totals()
+            report = self._scrubber.run(
+                rate_bytes_s=self._scrub_rate_bytes_s if rate_mb_s is None else int(rate_mb_s * 10**6),
+                total_bytes=totals.stored_bytes if self.sharing is self.references else totals.logical_bytes,
+                progress=progress,
+            )
+            if not self._running:
+                self._work_off(lambda phase, done, total: None)
+        finally:
+            self._scrub_lock.release()
+        return report.as_json()
 
     def scan(self, progress: Progress) -> dict[str, object]:
         """Walk the tree and settle everything that the index does not know as it is. Raises Stopped."""
@@ -273,6 +321,10 @@ class Engine:
             "looked_at": census.offered,
             "unreadable_directories": census.unreadable,
         }
+
+    def damages(self) -> list[tuple[Damage, list[bytes]]]:
+        """What a scrub found damaged and nobody has put right, each with its paths."""
+        return self._scrubber.damages()
 
     def duplicates(self, path: bytes | None) -> object:
         """One group for a path, or all groups. Raises OSError (ENODATA) for a path that has no settled content."""

@@ -115,11 +115,24 @@ def commands(engine: Engine) -> dict[str, control.Command]:
             raise UsageError("the paths to restore are not a list")
         return engine.restore([_path(path) for path in paths], progress)
 
+    def scrub(arguments: Mapping[str, object], progress: Progress) -> object:
+        rate = arguments.get("rate")
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1e9):
+            raise UsageError(f"a rate of {rate!r} MB/s makes no sense; give a number, 0 for no bound")
+        return engine.scrub(progress, rate)
+
     def duplicates(arguments: Mapping[str, object], _progress: Progress) -> object:
         path = arguments.get("path")
         return engine.duplicates(None if path is None else _path(path))
 
-    return {"status": status, "settle": settle, "scan": scan, "restore": restore, "duplicates": duplicates}
+    return {
+        "status": status,
+        "settle": settle,
+        "scan": scan,
+        "restore": restore,
+        "scrub": scrub,
+        "duplicates": duplicates,
+    }
 
 
 def _path(value: object) -> bytes:

@@ -210,6 +210,17 @@ class Settler:
                         yield
                         return
 
+    @contextmanager
+    def writing(self) -> Iterator[Batch]:
+        """A batch of somebody else's, committed at the end of the block. In it no file is read: settling waits for it.
+
+        Raises StoreError when it cannot be written; beside a mount it is tried until it can.
+        """
+        with self._batch_lock:
+            batch = self._index.batch()
+            yield batch
+            self._commit(batch)
+
     def wait_until_removed(self, timeout_s: float) -> None:
         """Wait until the blobs that lost their last reference are gone; those that an app reads stay until then."""
         with self._condition:

@@ -14,7 +14,7 @@ from .. import __version__
 from ..config import debugging
 from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
-from . import duplicates, fsck, mount, rebuild, restore, scan, settle, status, umount
+from . import duplicates, fsck, mount, rebuild, restore, scan, scrub, settle, status, umount
 from .output import printable
 
 EXIT_INTERRUPTED = 130
@@ -34,9 +34,9 @@ SOURCE is the directory that holds the archive, MOUNT the directory where it is 
 A command that takes either asks the running mount where there is one, and else works on the store itself.
 
 exit codes:
-    0  done; fsck: clean
-    1  restore: some files were not restored; fsck: everything found was repaired
-    2  fsck: something is left that was not repaired
+    0  done; fsck, scrub: nothing is wrong
+    1  restore: some files were not restored; fsck, scrub: everything found was repaired
+    2  fsck, scrub: something is left that was not repaired
    64  wrong option or argument
    65  the store is damaged
    66  the source, the mount point or a named file cannot be used
@@ -49,7 +49,7 @@ exit codes:
   130  interrupted
 """
 
-_COMMANDS = (mount, umount, status, settle, duplicates, scan, restore, rebuild, fsck)
+_COMMANDS = (mount, umount, status, settle, duplicates, scan, scrub, restore, rebuild, fsck)
 
 
 class _Parser(argparse.ArgumentParser):

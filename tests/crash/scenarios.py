@@ -377,6 +377,11 @@ def _third(run: Run) -> None:
 def _rotten(run: Run) -> None:
     """The blob's bytes change behind everybody's back; then a good copy comes."""
     _two_shared(run)
+    _rot(run)
+    run.app.write("good.jpg", photo("a"), mode=0o664)
+
+
+def _rot(run: Run) -> None:
     blob = run.blob(photo("a"))
     fd = os.open(blob, os.O_RDONLY)
     run.engine.backing.fset_immutable(fd, immutable=False)
@@ -386,7 +391,14 @@ def _rotten(run: Run) -> None:
         file.seek(5000)
         file.write(b"rotten")
     os.chmod(blob, 0o400)
-    run.app.write("good.jpg", photo("a"), mode=0o664)
+
+
+def _rotten_with_a_copy(run: Run) -> None:
+    """The blob's bytes change, and one of its files was made plain before."""
+    _three_shared(run)
+    run.engine.restore([b"three.jpg"], no_progress)
+    run.settle()
+    _rot(run)
 
 
 def _missing(run: Run) -> None:
@@ -490,6 +502,11 @@ def _rewrite(run: Run) -> None:
     run.settle()
 
 
+def _scrub(run: Run) -> None:
+    run.engine.scrub(no_progress, 0)
+    run.settle()
+
+
 def _restore(run: Run) -> None:
     run.app.restore(run.engine)
 
@@ -561,6 +578,8 @@ SCENARIOS = {
     "share a third file": Scenario(_third, _settle, reflinks=True),
     "heal a rotten blob": Scenario(_rotten, _settle, rotten=(ONE, TWO)),
     "heal a missing blob": Scenario(_missing, _settle, rotten=(ONE, TWO)),
+    "scrub, and heal with a plain file": Scenario(_rotten_with_a_copy, _scrub, rotten=(ONE, TWO)),
+    "scrub, and set aside until a copy comes": Scenario(_rotten, _scrub, rotten=(ONE, TWO)),
     "copy a plain file": Scenario(_two_shared, _copy_plain, reflinks=True),
     "copy a reference": Scenario(_two_shared, _copy_reference),
     "edit": Scenario(_two_shared, _edit, reflinks=True),

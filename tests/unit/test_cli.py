@@ -25,7 +25,7 @@ from dedupfs.model import Progress
 from dedupfs.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ("mount", "umount", "settle", "status", "duplicates", "scan", "restore", "rebuild", "fsck")
+COMMANDS = ("mount", "umount", "settle", "status", "duplicates", "scan", "scrub", "restore", "rebuild", "fsck")
 
 STATUS = {
     "files": 1234,
@@ -89,7 +89,9 @@ def live(directory: Path, source: Path) -> Iterator[FakeMount]:
         server = Server(str(directory / "run" / "x.sock"), commands)
         stack.callback(server.close)
         fake = FakeMount(source, server)
-        commands |= {name: fake.command(name) for name in ("status", "settle", "scan", "restore", "duplicates")}
+        commands |= {
+            name: fake.command(name) for name in ("status", "settle", "scan", "scrub", "restore", "duplicates")
+        }
         server.start()
         store.announce(mountpoint="/mnt", socket=server.path)
         yield fake
@@ -275,6 +277,29 @@ def test_restore_names_what_it_could_not_do(shell: Shell, live: FakeMount) -> No
     assert shell("restore", live.source, "--json")[0] == 1
 
 
+def test_scrub_tells_what_it_found(shell: Shell, live: FakeMount) -> None:
+    finding = {
+        "kind": "blob",
+        "digest": "ab" * 16,
+        "problem": "its bytes are not what its digest says",
+        "fate": "healed",
+        "paths": ["a\n.jpg"],
+        "copies": ["b.jpg"],
+    }
+    answer = {"contents": 7, "bytes": 2048, "skipped": 0, "resumed": False, "findings": [finding], "exit_code": 1}
+    live.answers["scrub"] = answer
+    code, out, _ = shell("scrub", live.source, "--rate", "12.5")
+    assert code == 1
+    assert live.asked == [("scrub", {"rate": 12.5})]
+    assert out.splitlines()[:3] == [
+        f"healed: blob {'ab' * 16}: its bytes are not what its digest says",
+        "  a\\x0a.jpg",
+        "  a good copy: b.jpg",
+    ]
+    code, out, _ = shell("scrub", live.source, "--json")
+    assert (code, json.loads(out)) == (1, answer)
+
+
 # -- working on the store itself
 
 
@@ -331,7 +356,7 @@ def test_these_need_the_store_to_themselves(shell: Shell, live: FakeMount, comma
     assert "umount" in shell.refusal(75, command, live.source)
 
 
-@pytest.mark.parametrize("command", ["restore", "rebuild", "fsck"])
+@pytest.mark.parametrize("command", ["restore", "scrub", "rebuild", "fsck"])
 def test_these_make_no_store(shell: Shell, source: Path, command: str) -> None:
     assert "no dedupfs store" in shell.refusal(66, command, source)
     assert not (source / ".dedupfs").exists()

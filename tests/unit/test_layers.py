@@ -37,6 +37,7 @@ LAYERS = [
     "fileio",
     "vfs",
     "reconcile",
+    "scrub",
     "engine",
     "fsck",
     # edges

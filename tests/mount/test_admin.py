@@ -1,0 +1,58 @@
+"""What an administrator does to a mount, with the real commands: scrub, restore, leave, gc, health."""
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Mounts
+from tests.support.mounted import Mounted
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="blobs are root's")
+references = pytest.mark.parametrize("mounts", [("reference", "ext4")], indirect=True, ids="-".join)
+
+
+def the_blob(mounted: Mounted) -> Path:
+    (path,) = (path for path in (mounted.store / "blobs").rglob("*.*") if path.is_file())
+    return path
+
+
+def rot(path: Path) -> None:
+    subprocess.run(["chattr", "-i", str(path)], check=True)
+    with open(path, "r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+
+
+@references
+def test_scrub_of_a_mount(mounts: Mounts) -> None:
+    mounted = mounts.new().start()
+    data = os.urandom(100_000)
+    for name in ("one", "two"):
+        mounted.path(name).write_bytes(data)
+    mounted.settle()
+    answer = mounted.run("scrub", mounted.mountpoint, "--json", "--rate", "0").json()
+    assert (answer["contents"], answer["findings"]) == (1, [])
+    assert mounted.path("one").read_bytes() == data  # the kernel has it in memory
+    rot(the_blob(mounted))
+    mounted.expect_log("scrub: blob", "is missing", "was damaged; healed")
+    said = mounted.run("scrub", mounted.mountpoint, exit_code=2).stdout
+    assert said.startswith("quarantined: blob ")
+    assert "\n  one\n  two\n" in said
+    for name in ("one", "two"):
+        with pytest.raises(OSError) as caught:
+            mounted.path(name).read_bytes()
+        assert caught.value.errno == errno.EIO
+    mounted.path("good").write_bytes(data)
+    mounted.settle()
+    assert [mounted.path(name).read_bytes() for name in ("one", "two", "good")] == [data] * 3
+    assert mounted.run("scrub", mounted.mountpoint).stdout.startswith("contents verified  1\n")
+
+
+def test_scrub_refuses_a_senseless_rate(mounted: Mounted) -> None:
+    for rate in ("-1", "nan", "fast"):
+        assert "--rate" in mounted.run("scrub", mounted.mountpoint, "--rate", rate, exit_code=64).stderr
