@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 
 from .errors import UsageError
+from .rules import EVERYTHING, SharingRules
 
 FUSE_CONFIGURATION = "/etc/fuse.conf"
 
@@ -43,6 +44,8 @@ class MountOptions:
     allow_other: bool = False
     # How fast a scrub reads, in units of 10^6 bytes a second; 0 sets no bound.
     scrub_rate_mb_s: int = 50
+    # Which files never share.
+    rules: SharingRules = EVERYTHING
     # What libfuse is told, one `-o` word each.
     fuse_words: tuple[str, ...] = ()
 

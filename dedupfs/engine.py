@@ -7,7 +7,6 @@ clean if everything that happened is in the index, and otherwise leaves it to th
 import logging
 import os
 import shutil
-import stat
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -19,15 +18,16 @@ from .blobs import Blobs
 from .config import MountOptions
 from .digest import DescriptorHasher, hash_descriptor
 from .duplicates import Answers, Group
-from .errors import Busy, IndexDamaged, SourceError, StoreError, Unavailable, UsageError
+from .errors import Busy, IndexDamaged, StoreError, Unavailable, UsageError
 from .fileio import FileIo
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
-from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, Damage, FileState, Ino, Progress
+from .model import UNKNOWN_PATH, ContentKey, Damage, FileState, Ino, Progress
 from .openfiles import Gate, Key, OpenFiles
 from .orphans import Orphans
-from .reconcile import Census, Reconciler, Stopped, walk
+from .reconcile import Reconciler, Stopped
+from .restore import Restorer
 from .scrub import Scrubber
 from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
@@ -97,6 +97,7 @@ class Engine:
                 lambda path: self.on_replaced(path),
                 self.settler.offer,
                 self.settler.postpone,
+                rules=options.rules,
             ),
             recording,
             self.references.unlink_blob,
@@ -123,6 +124,7 @@ class Engine:
             self._orphans,
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
+            rules=options.rules,
         )
         self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, self._orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
@@ -136,6 +138,9 @@ class Engine:
             hasher,
             lambda path: self.on_replaced(path),
             self._settle_again,
+        )
+        self._restorer = Restorer(
+            backing, self.index, self.blobs, io, lambda: self._stopping.is_set(), self._release_blobs
         )
         self._scrub_rate_bytes_s = options.scrub_rate_mb_s * 10**6
         self._scrub_lock = threading.Lock()
@@ -332,45 +337,24 @@ class Engine:
             return _as_json(self.answers.group(path))
         return [_as_json(group) for group in self.answers.groups()]
 
-    def restore(self, paths: list[bytes], progress: Progress) -> dict[str, object]:
+    def restore(self, paths: list[bytes], progress: Progress, *, dry_run: bool = False) -> dict[str, object]:
         """Make every reference at or below these paths (all, if none is named) a plain file, content verified by its
-        copy and flushed; what cannot be restored is listed and left as it is."""
-        if not self._running and not self.settler.index_is_complete:
+        copy and flushed; what cannot be restored is listed and left as it is. `dry_run` answers what that takes.
+
+        Raises OSError (ENOSPC), with nothing done, when there surely is no room.
+        """
+        if not dry_run and not self._running and not self.settler.index_is_complete:
             self.scan(progress)
-        restored = restored_bytes = 0
-        failed: list[dict[str, str]] = []
-        for path in self._files_below(paths or [b""]):
-            try:
-                is_reference = self.backing.read_reference(path) is not None
-                size_bytes = self.vfs.io.restore(path) if is_reference else None
-            except FileNotFoundError:
-                continue
-            except (OSError, StoreError) as error:
-                failed.append({"path": os.fsdecode(path), "reason": str(error)})
-                continue
-            if size_bytes is not None:
-                restored += 1
-                restored_bytes += size_bytes
-                progress("restoring", restored, None)
+        plan = self._restorer.plan(paths or [b""])
+        if dry_run:
+            return plan.as_json()
+        plan.require_room()
+        return self._restorer.execute(plan, progress)
+
+    def _release_blobs(self) -> None:
+        """Beside a mount its thread does that."""
         if not self._running:
             self._work_off(lambda phase, done, total: None)
-        return {"restored": restored, "bytes": restored_bytes, "failed": failed}
-
-    def _files_below(self, tops: list[bytes]) -> list[bytes]:
-        found: list[bytes] = []
-        for top in tops:
-            try:
-                st = self.backing.lstat(top)
-            except OSError as error:
-                raise SourceError(f"{os.fsdecode(top)}: {error.strerror}") from None
-            if stat.S_ISDIR(st.st_mode):
-                below = walk(self.backing, Census(), self._stopping.is_set, top)
-                found += [
-                    path for path, st in below if stat.S_ISREG(st.st_mode) and st.st_size >= SMALLEST_SHARED_BYTES
-                ]
-            else:
-                found.append(top)
-        return found
 
 
 def rebuild(source: str, progress: Progress) -> dict[str, object]:

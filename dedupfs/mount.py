@@ -113,7 +113,8 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         paths = arguments.get("paths", [])
         if not isinstance(paths, list):
             raise UsageError("the paths to restore are not a list")
-        return engine.restore([_path(path) for path in paths], progress)
+        dry_run = arguments.get("dry_run") is True
+        return engine.restore([_path(path) for path in paths], progress, dry_run=dry_run)
 
     def scrub(arguments: Mapping[str, object], progress: Progress) -> object:
         rate = arguments.get("rate")

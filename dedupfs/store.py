@@ -2,6 +2,7 @@
 
     .dedupfs/          mode 0700
         format         JSON: {"version": 1, "uuid": "…", "references": "trusted" | "user"}; written once
+        README         how to get the files back without dedupfs
         lock           flock()ed by the one process that may change the store
         clean          exists while nobody owns the store and its index agrees with the tree
         daemon.json    while mounted: {"pid": …, "mountpoint": …, "socket": …}
@@ -9,6 +10,7 @@
         index/         LMDB (see `index`)
         staging/       references under construction; anything left here by a crash is swept at the next start
         orphans/       files that were unlinked while open; swept at the next start
+        trash/         blobs that were found without a reference (see `trash`)
         quarantine/    what was found damaged or foreign: never deleted by dedupfs
 
 A store is opened by whoever is about to change it (a mount, or an offline command), never by two.
@@ -25,6 +27,7 @@ from typing import Self
 from .backing import Backing
 from .errors import Busy, SourceError, StoreError, UnknownFormat
 from .model import STORE_DIRECTORY
+from .readme import readme
 
 FORMAT_VERSION = 1
 
@@ -32,12 +35,14 @@ _FORMAT = STORE_DIRECTORY + b"/format"
 _LOCK = STORE_DIRECTORY + b"/lock"
 _CLEAN = STORE_DIRECTORY + b"/clean"
 _DAEMON = STORE_DIRECTORY + b"/daemon.json"
+_README = STORE_DIRECTORY + b"/README"
 
 BLOBS = STORE_DIRECTORY + b"/blobs"
 INDEX = STORE_DIRECTORY + b"/index"
 STAGING = STORE_DIRECTORY + b"/staging"
 ORPHANS = STORE_DIRECTORY + b"/orphans"
 QUARANTINE = STORE_DIRECTORY + b"/quarantine"
+TRASH = STORE_DIRECTORY + b"/trash"  # made when it is first needed
 _DIRECTORIES = (BLOBS, INDEX, STAGING, ORPHANS, QUARANTINE)
 
 
@@ -75,6 +80,7 @@ class Store:
             for directory in _DIRECTORIES:
                 with suppress(FileExistsError):
                     backing.mkdir(directory, 0o700)
+            self._leave_readme()
             self.was_clean = self._take_clean_mark()
         except BaseException:
             os.close(self._lock_fd)
@@ -111,6 +117,13 @@ class Store:
             maker = "root" if references == "trusted" else "an ordinary user"
             raise SourceError(f"the store in {shown} was made by {maker}; run dedupfs as who made it")
         return identity
+
+    def _leave_readme(self) -> None:
+        """For who finds the archive and has no dedupfs. A full disk is no reason not to go on without it."""
+        text = readme(self._backing.reference_xattr.decode()).encode()
+        with suppress(OSError):
+            if _read(self._backing, _README) != text:
+                _write(self._backing, _README, text)
 
     def _take_clean_mark(self) -> bool:
         try:

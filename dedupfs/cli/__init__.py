@@ -14,7 +14,7 @@ from .. import __version__
 from ..config import debugging
 from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
-from . import duplicates, fsck, mount, rebuild, restore, scan, scrub, settle, status, umount
+from . import duplicates, fsck, gc, leave, mount, rebuild, restore, scan, scrub, settle, status, umount
 from .output import printable
 
 EXIT_INTERRUPTED = 130
@@ -35,8 +35,8 @@ A command that takes either asks the running mount where there is one, and else 
 
 exit codes:
     0  done; fsck, scrub: nothing is wrong
-    1  restore: some files were not restored; fsck, scrub: everything found was repaired
-    2  fsck, scrub: something is left that was not repaired
+    1  restore, leave: some files were not restored or proven; fsck, scrub: everything found was repaired
+    2  fsck, scrub: something is left that was not repaired; gc: something is in the way, nothing was removed
    64  wrong option or argument
    65  the store is damaged
    66  the source, the mount point or a named file cannot be used
@@ -49,7 +49,7 @@ exit codes:
   130  interrupted
 """
 
-_COMMANDS = (mount, umount, status, settle, duplicates, scan, scrub, restore, rebuild, fsck)
+_COMMANDS = (mount, umount, status, settle, duplicates, scan, scrub, restore, leave, rebuild, fsck, gc)
 
 
 class _Parser(argparse.ArgumentParser):

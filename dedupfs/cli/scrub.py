@@ -35,9 +35,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _rate(text: str) -> float:
-    rate = float(text)
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
     if not (math.isfinite(rate) and 0 <= rate < 1e9):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a number of million bytes a second")
     return rate
 
 

@@ -25,7 +25,20 @@ from dedupfs.model import Progress
 from dedupfs.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ("mount", "umount", "settle", "status", "duplicates", "scan", "scrub", "restore", "rebuild", "fsck")
+COMMANDS = (
+    "mount",
+    "umount",
+    "settle",
+    "status",
+    "duplicates",
+    "scan",
+    "scrub",
+    "restore",
+    "leave",
+    "rebuild",
+    "fsck",
+    "gc",
+)
 
 STATUS = {
     "files": 1234,
@@ -351,12 +364,12 @@ def test_a_source_that_is_not_there(shell: Shell, source: Path, command: str) ->
     assert "absent" in shell.refusal(66, command, source / "absent")
 
 
-@pytest.mark.parametrize("command", ["rebuild", "fsck"])
+@pytest.mark.parametrize("command", ["rebuild", "fsck", "leave", "gc"])
 def test_these_need_the_store_to_themselves(shell: Shell, live: FakeMount, command: str) -> None:
     assert "umount" in shell.refusal(75, command, live.source)
 
 
-@pytest.mark.parametrize("command", ["restore", "scrub", "rebuild", "fsck"])
+@pytest.mark.parametrize("command", ["restore", "scrub", "leave", "rebuild", "fsck", "gc"])
 def test_these_make_no_store(shell: Shell, source: Path, command: str) -> None:
     assert "no dedupfs store" in shell.refusal(66, command, source)
     assert not (source / ".dedupfs").exists()

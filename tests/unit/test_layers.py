@@ -17,13 +17,16 @@ LAYERS = [
     "errors",
     "model",
     # pure
+    "rules",
     "config",
     "digest",
     "codec",
     # storage
     "backing",
+    "readme",
     "store",
     "blobs",
+    "trash",
     "index",
     # engine
     "openfiles",
@@ -38,8 +41,11 @@ LAYERS = [
     "vfs",
     "reconcile",
     "scrub",
+    "restore",
     "engine",
     "fsck",
+    "gc",
+    "leave",
     # edges
     "passthrough",
     "control",
