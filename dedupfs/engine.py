@@ -69,6 +69,7 @@ class Engine:
 
     def _build(self, options: MountOptions, hasher: DescriptorHasher, *, by_reflink: bool) -> None:
         backing = self.backing
+        rules = self.store.read_rules() if options.rules is None else options.rules
         self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(backing)
         self.index = _open_index(backing, self.store.identity)
         self.settler = Settler(backing, self.index, self.openfiles, self.gate)
@@ -97,7 +98,7 @@ class Engine:
                 lambda path: self.on_replaced(path),
                 self.settler.offer,
                 self.settler.postpone,
-                rules=options.rules,
+                rules=rules,
             ),
             recording,
             self.references.unlink_blob,
@@ -124,7 +125,7 @@ class Engine:
             self._orphans,
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
-            rules=options.rules,
+            rules=rules,
         )
         self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, self._orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
@@ -142,7 +143,7 @@ class Engine:
         self._restorer = Restorer(
             backing, self.index, self.blobs, io, lambda: self._stopping.is_set(), self._release_blobs
         )
-        self._scrub_rate_bytes_s = options.scrub_rate_mb_s * 10**6
+        self._scrub_rate_bytes_s = int(options.scrub_rate_mb_s * 10**6)
         self._scrub_lock = threading.Lock()
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()

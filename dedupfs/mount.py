@@ -56,6 +56,8 @@ def serve(
     with _signals() as hold_signals, ExitStack() as shutdown:
         engine = Engine(source, options)
         shutdown.callback(engine.close)
+        if options.rules is not None:
+            engine.store.keep_rules(options.rules)
         log_fd = _open_log(source) if background else None
         if log_fd is not None:
             shutdown.callback(os.close, log_fd)

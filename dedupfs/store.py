@@ -6,6 +6,7 @@
         lock           flock()ed by the one process that may change the store
         clean          exists while nobody owns the store and its index agrees with the tree
         daemon.json    while mounted: {"pid": …, "mountpoint": …, "socket": …}
+        sharing.json   which files must not share, as the last mount was told; absent where all may
         blobs/         canonical contents (see `blobs`)
         index/         LMDB (see `index`)
         staging/       references under construction; anything left here by a crash is swept at the next start
@@ -28,6 +29,7 @@ from .backing import Backing
 from .errors import Busy, SourceError, StoreError, UnknownFormat
 from .model import STORE_DIRECTORY
 from .readme import readme
+from .rules import EVERYTHING, SharingRules
 
 FORMAT_VERSION = 1
 
@@ -36,6 +38,7 @@ _LOCK = STORE_DIRECTORY + b"/lock"
 _CLEAN = STORE_DIRECTORY + b"/clean"
 _DAEMON = STORE_DIRECTORY + b"/daemon.json"
 _README = STORE_DIRECTORY + b"/README"
+_RULES = STORE_DIRECTORY + b"/sharing.json"
 
 BLOBS = STORE_DIRECTORY + b"/blobs"
 INDEX = STORE_DIRECTORY + b"/index"
@@ -124,6 +127,30 @@ class Store:
         with suppress(OSError):
             if _read(self._backing, _README) != text:
                 _write(self._backing, _README, text)
+
+    def keep_rules(self, rules: SharingRules) -> None:
+        """Keep what a mount was told, for offline commands: they share files as well."""
+        if rules == EVERYTHING:
+            with suppress(FileNotFoundError):
+                self._backing.unlink(_RULES)
+            return
+        globs = {"include": rules.include, "exclude": rules.exclude}
+        record: dict[str, object] = {name: [os.fsdecode(glob) for glob in found] for name, found in globs.items()}
+        record["min_size_bytes"] = rules.min_size_bytes
+        _write(self._backing, _RULES, json.dumps(record).encode())
+
+    def read_rules(self) -> SharingRules:
+        """What the last mount was told. Raises StoreError when that cannot be said."""
+        raw = _read(self._backing, _RULES)
+        if not raw:
+            return EVERYTHING
+        try:
+            record = json.loads(raw)
+            include, exclude = (tuple(os.fsencode(glob) for glob in record[name]) for name in ("include", "exclude"))
+            return SharingRules(int(record["min_size_bytes"]), include, exclude)
+        except (ValueError, KeyError, TypeError):
+            shown = os.fsdecode(self._backing.source + b"/" + _RULES)
+            raise StoreError(f"{shown} is damaged: which files must not share is not known; mount once") from None
 
     def _take_clean_mark(self) -> bool:
         try:

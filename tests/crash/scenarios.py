@@ -533,6 +533,7 @@ def _unneeded(run: Run) -> None:
     directory = run.source / ".dedupfs" / "blobs" / "ab"
     directory.mkdir(exist_ok=True)
     (directory / ("ab" * 16 + ".0")).write_bytes(photo("unneeded"))
+    run.engine.index.set_incomplete()  # so that the next start walks the tree, also when gc did not get to it
 
 
 def _gc(run: Run) -> None:

@@ -56,3 +56,22 @@ def test_scrub_of_a_mount(mounts: Mounts) -> None:
 def test_scrub_refuses_a_senseless_rate(mounted: Mounted) -> None:
     for rate in ("-1", "nan", "fast"):
         assert "--rate" in mounted.run("scrub", mounted.mountpoint, "--rate", rate, exit_code=64).stderr
+
+
+def test_a_configuration_file(mounts: Mounts, tmp_path: Path) -> None:
+    file = tmp_path / "archive.toml"
+    file.write_text('exclude = ["drafts/"]\nnoatime = true\n')
+    mounted = mounts.new(f"config={file}").start()
+    data = os.urandom(50_000)
+    for directory in ("drafts", "permits"):
+        mounted.path(directory).mkdir()
+        for name in ("one", "two"):
+            mounted.path(directory, name).write_bytes(data)
+    mounted.settle()
+    assert {mounted.state(f"permits/{name}") for name in ("one", "two")} <= {"reference", "shared"}
+    assert {mounted.state(f"drafts/{name}") for name in ("one", "two")} == {"plain"}
+    said = mounted.run("config", "show", str(file)).stdout
+    assert f'exclude = ["drafts/"] # {file}:1' in " ".join(said.split())
+    file.write_text("noatime = 1\n")
+    refusal = mounted.run("mount", mounted.source, mounted.mountpoint, "-o", f"config={file}", exit_code=64).stderr
+    assert refusal == f"dedupfs: {file}:1: noatime is true or false, not 1\n"

@@ -26,18 +26,8 @@ from dedupfs.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "mount",
-    "umount",
-    "settle",
-    "status",
-    "duplicates",
-    "scan",
-    "scrub",
-    "restore",
-    "leave",
-    "rebuild",
-    "fsck",
-    "gc",
+    *("mount", "umount", "settle", "status", "duplicates", "scan", "scrub", "restore", "leave", "rebuild", "fsck"),
+    *("gc", "config"),
 )
 
 STATUS = {
