@@ -349,6 +349,14 @@ def control_directory(*, uid: int) -> str:
     return os.path.join(os.path.abspath(tempfile.gettempdir()), f"dedupfs-{uid}")
 
 
+def cache_directory() -> str:
+    """Where what can be computed again is kept for this user."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "dedupfs")
+
+
 def debugging() -> bool:
     """Whether the user wants to see the traceback of a bug."""
     return os.environ.get("DEDUPFS_DEBUG", "") not in ("", "0")

@@ -14,7 +14,22 @@ from .. import __version__
 from ..config import debugging
 from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
-from . import config, duplicates, fsck, gc, leave, mount, rebuild, restore, scan, scrub, settle, status, umount
+from . import (
+    config,
+    duplicates,
+    estimate,
+    fsck,
+    gc,
+    leave,
+    mount,
+    rebuild,
+    restore,
+    scan,
+    scrub,
+    settle,
+    status,
+    umount,
+)
 from .output import printable
 
 EXIT_INTERRUPTED = 130
@@ -49,7 +64,22 @@ exit codes:
   130  interrupted
 """
 
-_COMMANDS = (mount, umount, status, settle, duplicates, scan, scrub, restore, leave, rebuild, fsck, gc, config)
+_COMMANDS = (
+    estimate,
+    mount,
+    umount,
+    status,
+    settle,
+    duplicates,
+    scan,
+    scrub,
+    restore,
+    leave,
+    rebuild,
+    fsck,
+    gc,
+    config,
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -27,7 +27,7 @@ from dedupfs.store import Store
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("mount", "umount", "settle", "status", "duplicates", "scan", "scrub", "restore", "leave", "rebuild", "fsck"),
-    *("gc", "config"),
+    *("gc", "config", "estimate"),
 )
 
 STATUS = {

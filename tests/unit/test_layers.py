@@ -46,6 +46,7 @@ LAYERS = [
     "fsck",
     "gc",
     "leave",
+    "estimate",
     # edges
     "passthrough",
     "control",
