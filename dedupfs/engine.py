@@ -20,6 +20,7 @@ from .digest import DescriptorHasher, hash_descriptor
 from .duplicates import Answers, Group
 from .errors import Busy, IndexDamaged, StoreError, Unavailable, UsageError
 from .fileio import FileIo
+from .health import Health, look
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
@@ -326,6 +327,22 @@ class Engine:
             "bytes": census.bytes,
             "looked_at": census.offered,
             "unreadable_directories": census.unreadable,
+        }
+
+    def health(self) -> Health:
+        """Whether all is well, as far as a look tells."""
+        return look(self.backing, self.index, self.settler, damaged=len(self.damages()))
+
+    def metrics(self) -> dict[str, object]:
+        """What is told to who watches: numbers, and which checks fail."""
+        damaged, health, scrub = len(self.damages()), self.health(), self.index.scrub_pass()
+        return {
+            **self.status(),
+            **health.as_json(),
+            "settled": self.settler.settled,
+            "damaged": damaged,
+            "failing": {problem.check for problem in health.problems},
+            "scrub_finished_s": 0 if scrub is None else scrub.finished_s,
         }
 
     def damages(self) -> list[tuple[Damage, list[bytes]]]:

@@ -68,6 +68,12 @@ def serve(
         engine.vfs.control_path = os.fsencode(path)
         engine.start()
         server.start()
+        if options.metrics:
+            from .metrics import Exporter
+
+            exporter = Exporter(options.metrics, engine.metrics)
+            shutdown.callback(exporter.close)
+            exporter.start()
         engine.store.announce(mountpoint=mountpoint, socket=path)
         shutdown.callback(hold_signals)
 
@@ -105,6 +111,9 @@ def commands(engine: Engine) -> dict[str, control.Command]:
     def status(_arguments: Mapping[str, object], _progress: Progress) -> object:
         return engine.status()
 
+    def health(_arguments: Mapping[str, object], _progress: Progress) -> object:
+        return engine.health().as_json()
+
     def settle(_arguments: Mapping[str, object], progress: Progress) -> object:
         return engine.settle(progress)
 
@@ -130,6 +139,7 @@ def commands(engine: Engine) -> dict[str, control.Command]:
 
     return {
         "status": status,
+        "health": health,
         "settle": settle,
         "scan": scan,
         "restore": restore,

@@ -451,19 +451,9 @@ class Scrubber:
     # -- what is known ------------------------------------------------------------------------------------------------
 
     def damages(self) -> list[tuple[Damage, list[bytes]]]:
-        """What was found damaged and still is, with its paths. Forgets what is not."""
-        holding, over = [], []
-        for damage in self._index.damages():
-            paths = self._damaged_paths(damage)
-            if paths:
-                holding.append((damage, paths))
-            else:
-                over.append(damage)
-        if over:
-            with self._settler.writing() as batch:
-                for damage in over:
-                    batch.drop_damage(damage)
-        return holding
+        """What was found damaged and still is, with its paths. Any thread."""
+        looked_at = [(damage, self._damaged_paths(damage)) for damage in self._index.damages()]
+        return [(damage, paths) for damage, paths in looked_at if paths]
 
     def _damaged_paths(self, damage: Damage) -> list[bytes]:
         if damage.kind is DamageKind.BLOB:
@@ -487,7 +477,12 @@ class Scrubber:
         return sorted(found)
 
     def _known_damages(self, report: Report) -> list[Finding]:
-        """What an earlier run found, and nobody has put right."""
+        """What an earlier run found, and nobody has put right. The rest is forgotten."""
+        over = [damage for damage in self._index.damages() if not self._damaged_paths(damage)]
+        if over:
+            with self._settler.writing() as batch:
+                for damage in over:
+                    batch.drop_damage(damage)
         told = {(finding.kind, finding.content) for finding in report.findings}
         return [
             Finding(damage.kind.word, damage.content, damage.problem + " (found earlier)", "left", paths)

@@ -72,6 +72,8 @@ class Settler:
         self._thread: threading.Thread | None = None
         self._batch_lock = threading.Lock()
         self.settled = 0
+        self.busy_since_s: float | None = None  # when the thread took up the batch in hand
+        self.index_error = ""  # why the index cannot be written now
         self.failures = 0  # files that could not be settled, for a reason that may pass
         # No blob is removed before the index is known to hold every reference. Taken back for good when a batch is
         # lost: a reference nobody counted could then be the last one.
@@ -227,6 +229,11 @@ class Settler:
             if self._thread is not None and self.index_is_complete:
                 self._condition.wait_for(lambda: not self._unreferenced or self._stopping, timeout_s)
 
+    def is_dead(self) -> bool:
+        """Whether the thread was started and has ended by itself."""
+        thread = self._thread
+        return thread is not None and not thread.is_alive() and not self._stopping
+
     def pending(self) -> int:
         with self._condition:
             return len(self._fresh) + len(self._backlog) + len(self._working) + len(self._settled)
@@ -279,7 +286,9 @@ class Settler:
             if self._postponed and time.monotonic() - self._tried_at > _POSTPONED_S:
                 self.offer_postponed()
             try:
+                self.busy_since_s = time.monotonic()
                 self._work()
+                self.busy_since_s = None
             except StoreError as error:
                 log.error("%s; trying again", error)
                 self._lose_batch()
@@ -437,8 +446,10 @@ class Settler:
                     if not told:
                         log.error("%s; trying again until it can be", error)
                         told = True
+                    self.index_error = str(error)
                     self._condition.wait_for(lambda: self._stopping, _RETRY_S)
                 continue
+            self.index_error = ""
             self._unreferenced |= batch.dereferenced
             return
 

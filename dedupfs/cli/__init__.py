@@ -20,6 +20,7 @@ from . import (
     estimate,
     fsck,
     gc,
+    health,
     leave,
     mount,
     rebuild,
@@ -50,7 +51,8 @@ A command that takes either asks the running mount where there is one, and else 
 
 exit codes:
     0  done; fsck, scrub: nothing is wrong
-    1  restore, leave: some files were not restored or proven; fsck, scrub: everything found was repaired
+    1  fsck, scrub: everything found was repaired; restore, leave: some files were not restored or proven;
+       health: something is wrong
     2  fsck, scrub: something is left that was not repaired; gc: something is in the way, nothing was removed
    64  wrong option or argument
    65  the store is damaged
@@ -65,20 +67,8 @@ exit codes:
 """
 
 _COMMANDS = (
-    estimate,
-    mount,
-    umount,
-    status,
-    settle,
-    duplicates,
-    scan,
-    scrub,
-    restore,
-    leave,
-    rebuild,
-    fsck,
-    gc,
-    config,
+    *(estimate, mount, umount, status, health, settle, duplicates, scan, scrub),
+    *(restore, leave, rebuild, fsck, gc, config),
 )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -75,3 +76,26 @@ def test_a_configuration_file(mounts: Mounts, tmp_path: Path) -> None:
     file.write_text("noatime = 1\n")
     refusal = mounted.run("mount", mounted.source, mounted.mountpoint, "-o", f"config={file}", exit_code=64).stderr
     assert refusal == f"dedupfs: {file}:1: noatime is true or false, not 1\n"
+
+
+def test_health_and_metrics_of_a_mount(mounts: Mounts, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.sock"
+    mounted = mounts.new(f"metrics={path}").start()
+    mounted.path("one").write_bytes(os.urandom(5000))
+    mounted.settle()
+    answer = mounted.run("health", mounted.mountpoint, "--json", exit_code=None)
+    assert {problem["check"] for problem in answer.json()["problems"]} <= {"disk"}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(path))
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        told = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    assert "\ndedupfs_files 1.0\n" in told
+    assert "\ndedupfs_pending_files 0.0\n" in told
+    mounted.unmount()
+    assert not path.exists()
+    path.write_text("somebody's")
+    assert (
+        "is no socket"
+        in mounted.run("mount", mounted.source, mounted.mountpoint, "-o", f"metrics={path}", exit_code=66).stderr
+    )

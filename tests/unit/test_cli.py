@@ -27,7 +27,7 @@ from dedupfs.store import Store
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("mount", "umount", "settle", "status", "duplicates", "scan", "scrub", "restore", "leave", "rebuild", "fsck"),
-    *("gc", "config", "estimate"),
+    *("gc", "config", "estimate", "health"),
 )
 
 STATUS = {
@@ -93,7 +93,8 @@ def live(directory: Path, source: Path) -> Iterator[FakeMount]:
         stack.callback(server.close)
         fake = FakeMount(source, server)
         commands |= {
-            name: fake.command(name) for name in ("status", "settle", "scan", "scrub", "restore", "duplicates")
+            name: fake.command(name)
+            for name in ("status", "health", "settle", "scan", "scrub", "restore", "duplicates")
         }
         server.start()
         store.announce(mountpoint="/mnt", socket=server.path)
@@ -212,6 +213,15 @@ def test_status_of_an_archive_that_was_just_mounted(shell: Shell, live: FakeMoun
     code, out, _ = shell("status", live.source)
     assert code == 0
     assert "a scan is running" in out
+
+
+def test_health(shell: Shell, live: FakeMount) -> None:
+    well = {"healthy": True, "problems": [], "free_bytes": 5, "index_used_share": 0.1}
+    live.answers["health"] = well
+    assert shell("health", live.source) == (0, "well\n", "")
+    assert shell.json("health", live.source) == well
+    live.answers["health"] = {**well, "healthy": False, "problems": [{"check": "disk", "problem": "nearly full"}]}
+    assert shell("health", live.source) == (1, "disk: nearly full\n", "")
 
 
 def test_settle(shell: Shell, live: FakeMount) -> None:
@@ -344,7 +354,7 @@ def test_an_owned_store_is_left_alone(shell: Shell, source: Path) -> None:
 # -- failing
 
 
-@pytest.mark.parametrize("command", ["status", "settle", "duplicates"])
+@pytest.mark.parametrize("command", ["status", "health", "settle", "duplicates"])
 def test_these_need_a_mount(shell: Shell, source: Path, command: str) -> None:
     assert "not mounted" in shell.refusal(67, command, source)
 

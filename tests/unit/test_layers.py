@@ -42,6 +42,7 @@ LAYERS = [
     "reconcile",
     "scrub",
     "restore",
+    "health",
     "engine",
     "fsck",
     "gc",
@@ -50,6 +51,7 @@ LAYERS = [
     # edges
     "passthrough",
     "control",
+    "metrics",
     "libfuse",
     "fusefs",
     "mount",
@@ -60,6 +62,7 @@ LAYERS = [
 # A library is the business of one module; another may take its place without the rest noticing.
 OWNERS = {
     "lmdb": "index",
+    "prometheus_client": "metrics",
     "mfusepy": "libfuse",
     "xxhash": "digest",
     "PIL": "phash",
@@ -68,6 +71,7 @@ OWNERS = {
 
 # Importing inside a function hides a circle, or is needed: (importer, imported) with the reason.
 LATE = {
+    ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
     ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before
