@@ -357,6 +357,11 @@ def cache_directory() -> str:
     return os.path.join(home, "dedupfs")
 
 
+def notify_socket() -> str | None:
+    """Where systemd waits to hear that a mount answers."""
+    return os.environ.get("NOTIFY_SOCKET") or None
+
+
 def debugging() -> bool:
     """Whether the user wants to see the traceback of a bug."""
     return os.environ.get("DEDUPFS_DEBUG", "") not in ("", "0")

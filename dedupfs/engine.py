@@ -333,6 +333,13 @@ class Engine:
         """Whether all is well, as far as a look tells."""
         return look(self.backing, self.index, self.settler, damaged=len(self.damages()))
 
+    def describe(self) -> str:
+        """What it is doing, in a few words."""
+        pending = self.settler.pending()
+        if self._scan_lock.locked():
+            return f"serving; a scan is running, {pending:,} files wait"
+        return f"serving; {pending:,} files wait" if pending else "serving"
+
     def metrics(self) -> dict[str, object]:
         """What is told to who watches: numbers, and which checks fail."""
         damaged, health, scrub = len(self.damages()), self.health(), self.index.scrub_pass()

@@ -24,10 +24,11 @@ from typing import TextIO
 
 from . import control
 from .backing import Backing
-from .config import FUSE_CONFIGURATION, MountOptions, control_directory, user_may_allow_other
+from .config import FUSE_CONFIGURATION, MountOptions, control_directory, notify_socket, user_may_allow_other
 from .engine import Engine
 from .errors import Busy, DedupfsError, NotMounted, SourceError, Unavailable, UsageError
 from .model import STORE_DIRECTORY, Progress
+from .notify import Herald
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def serve(
         engine.store.announce(mountpoint=mountpoint, socket=path)
         shutdown.callback(hold_signals)
 
+        herald = Herald(notify_socket(), engine.describe)
+        shutdown.callback(herald.stop)
         ready = threading.Event()
 
         def when_ready(mount: fusefs.Mount) -> None:
@@ -86,6 +89,7 @@ def serve(
                 os.dup2(log_fd, sys.stderr.fileno())
             log.info("serving %s at %s", source, mountpoint)
             ready.set()
+            herald.ready()
             on_ready()
 
         words = [*options.fuse_words, f"subtype={control.FUSE_TYPE.removeprefix('fuse.')}"]
@@ -356,6 +360,17 @@ def unmount(mountpoint: str) -> None:
         ended.poll()
     finally:
         os.close(daemon)
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether a killed daemon's mount is there."""
+    try:
+        control.mount_at(os.path.realpath(mountpoint))
+    except NotMounted:
+        return _mounted_type(os.path.realpath(mountpoint)) == control.FUSE_TYPE
+    except (UsageError, SourceError):
+        pass  # deeper in another mount, or not there
+    return False
 
 
 def _run_unmount(mountpoint: str, *, lazy: bool) -> None:

@@ -27,6 +27,7 @@ options (-o):
   exclude=GLOB       these never share (may be repeated): *.tmp, drafts/, permits/**/*.tif
   min_size=BYTES     smaller ones never share; with K, M or G
   scrub_rate=MB/s    how fast a scrub reads unless it is told (50); 0: as fast as it goes
+  metrics=SOCKET     tell Prometheus numbers there, or at [HOST:]PORT
   config=FILE        a TOML file with these names as keys; dedupfs config show FILE tells what it comes to
 """
 

@@ -8,7 +8,7 @@ from .. import control
 from ..engine import Engine
 from ..model import Progress
 from .output import add_json, print_facts, print_json, printable, size_text
-from .targets import ask_or_open, require_store
+from .targets import add_instance, ask_or_open, named, require_store
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +22,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "found is healed, 2 when something is damaged.",
         allow_abbrev=False,
     )
-    parser.add_argument("target", metavar="SOURCE|MOUNT")
+    parser.add_argument("target", metavar="SOURCE|MOUNT", nargs="?")
+    add_instance(parser)
     parser.add_argument(
         "--rate",
         metavar="MB/s",
@@ -45,13 +46,14 @@ def _rate(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if control.find_mount(arguments.target) is None:
-        require_store(arguments.target)
+    target = named(arguments.target, arguments.instance)
+    if control.find_mount(target) is None:
+        require_store(target)
 
     def offline(engine: Engine, progress: Progress) -> object:
         return engine.scrub(progress, arguments.rate)
 
-    answer = ask_or_open(arguments.target, "scrub", {"rate": arguments.rate}, offline)
+    answer = ask_or_open(target, "scrub", {"rate": arguments.rate}, offline)
     code = int(answer["exit_code"])
     if arguments.json:
         print_json(answer)

@@ -51,6 +51,7 @@ LAYERS = [
     # edges
     "passthrough",
     "control",
+    "notify",
     "metrics",
     "libfuse",
     "fusefs",
