@@ -194,26 +194,6 @@ def test_room_needed() -> None:
     assert room_needed([group(40960, 2), group(4096, 3)], 4096) == 81920
 
 
-def test_no_room(shared: Bench) -> None:
-    backing = shared.engine.backing
-    room = backing.statvfs(b"")
-    blocks = -(-2 * len(DATA) // room.f_frsize)
-
-    class Small:
-        f_frsize = room.f_frsize
-        f_bfree = f_bavail = blocks
-
-    backing.statvfs = lambda path: Small()  # type: ignore[assignment, method-assign, return-value]
-    plan = shared.engine.restore([], silent, dry_run=True)
-    assert not plan["fits"]
-    with pytest.raises(OSError, match=r"takes 1 MiB, and 1 MiB are free; nothing was done"):
-        shared.engine.restore([], silent)
-    assert shared.is_reference("one")
-    # Each blob goes with its last reference: this much is enough for the smaller content.
-    assert shared.engine.restore([b"three", b"four"], silent)["restored"] == 2
-    assert len(shared.blobs()) == 1
-
-
 # -- without dedupfs
 
 

@@ -345,6 +345,40 @@ def test_fsck_tells_what_it_found(shell: Shell, source: Path) -> None:
     assert not leftover.exists()
 
 
+def test_fsck_shows_its_plan(shell: Shell, source: Path) -> None:
+    shell.json("scan", source)
+    leftover = source / ".dedupfs" / "staging" / "refer.1.2.3"
+    leftover.touch()
+    code, out, _ = shell("fsck", source, "--repair", "--dry-run")
+    assert code == 2
+    assert out.startswith("leftovers: .dedupfs/staging/refer.1.2.3: ")
+    assert out.endswith(" (would be taken back, or set aside in quarantine/ if it is not of dedupfs)\n")
+    assert leftover.exists()
+    assert "--repair" in shell.refusal(64, "fsck", source, "--dry-run")
+
+
+def test_gc_and_leave_of_a_store(shell: Shell, source: Path) -> None:
+    shell.json("scan", source)
+    blob = source / ".dedupfs" / "blobs" / "ab" / ("ab" * 16 + ".0")
+    blob.parent.mkdir()
+    blob.write_bytes(bytes(2048))
+    assert "would be moved to the trash  1 blobs, 2.0 KiB" in shell("gc", source, "--dry-run")[1]
+    assert blob.exists()
+    assert shell.json("gc", source)["unreferenced"] == 1
+    assert not blob.exists()
+    assert "stay in the trash     1 blobs, 2.0 KiB" in shell("gc", source)[1]
+    (source / ".dedupfs" / "mine").touch()
+    code, out, _ = shell("leave", source)
+    assert code == 1
+    assert out.splitlines()[0] == "in the way: .dedupfs/mine: is not of dedupfs; look at it, and move it away"
+    (source / ".dedupfs" / "mine").unlink()
+    assert shell("leave", source)[:2] == (
+        0,
+        "restored   0\nproven     2 files, 2.0 KiB\nthe store  is removed\n",
+    )
+    assert sorted(path.name for path in source.iterdir()) == ["a.jpg", "folder"]
+
+
 def test_an_owned_store_is_left_alone(shell: Shell, source: Path) -> None:
     with closing(Backing(str(source))) as backing, Store(backing):
         for command in ("scan", "restore", "rebuild", "fsck"):
