@@ -28,6 +28,7 @@ from .model import UNKNOWN_PATH, ContentKey, Damage, FileState, Ino, Progress
 from .openfiles import Gate, Key, OpenFiles
 from .orphans import Orphans
 from .reconcile import Reconciler, Stopped
+from .report import Report
 from .restore import Restorer
 from .scrub import Scrubber
 from .settle import Settler
@@ -351,6 +352,14 @@ class Engine:
             "failing": {problem.check for problem in health.problems},
             "scrub_finished_s": 0 if scrub is None else scrub.finished_s,
         }
+
+    def report(self, progress: Progress) -> dict[str, object]:
+        """What is duplicate where (see `report`), and what `status` says."""
+        if not self._running and not self.settler.index_is_complete:
+            self.scan(progress)
+        report = Report(self.backing, self.index)
+        report.gather(progress)
+        return {**self.status(), **report.as_json(self.damages())}
 
     def damages(self) -> list[tuple[Damage, list[bytes]]]:
         """What a scrub found damaged and nobody has put right, each with its paths."""

@@ -131,6 +131,9 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         dry_run = arguments.get("dry_run") is True
         return engine.restore([_path(path) for path in paths], progress, dry_run=dry_run)
 
+    def report(_arguments: Mapping[str, object], progress: Progress) -> object:
+        return engine.report(progress)
+
     def scrub(arguments: Mapping[str, object], progress: Progress) -> object:
         rate = arguments.get("rate")
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1e9):
@@ -148,6 +151,7 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         "scan": scan,
         "restore": restore,
         "scrub": scrub,
+        "report": report,
         "duplicates": duplicates,
     }
 

@@ -106,6 +106,10 @@ class Report:
         }
 
 
+# What says nothing about the disk: we, or the machine, are short of something, or the file is another by now.
+_PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.ELOOP, errno.ENXIO))
+
+
 class _Verdict(enum.Enum):
     GOOD = enum.auto()
     SKIPPED = enum.auto()  # changed, gone or being written: it is looked at the next time
@@ -120,6 +124,12 @@ class _Look:
     verdict: _Verdict
     problem: str = ""
     ino: Ino = _NO_INODE
+
+
+def _unreadable(error: OSError, ino: Ino) -> _Look:
+    if error.errno in _PASSING:
+        return _Look(_Verdict.SKIPPED)
+    return _Look(_Verdict.UNREADABLE, error.strerror or str(error), ino)
 
 
 class Pace:
@@ -258,6 +268,9 @@ class Scrubber:
             blob = self._look_at_blob(content, report, pace)
             if blob.verdict is _Verdict.GOOD:
                 good += referring
+            elif blob.verdict is _Verdict.SKIPPED:
+                fine = False
+                report.skipped += 1
             else:
                 fine = False
                 self._deal_with_blob(content, blob, referring, good, report)
@@ -292,7 +305,7 @@ class Scrubber:
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue
             except OSError as error:
-                return _Look(_Verdict.UNREADABLE, error.strerror or str(error), ino)
+                return _unreadable(error, ino)
             try:
                 st = os.fstat(fd)
                 if st.st_ino == ino and st.st_dev == self._backing.device and Stamp.of(st) == record.stamp:
@@ -313,7 +326,7 @@ class Scrubber:
         except (InUse, GivenUp):
             return _Look(_Verdict.SKIPPED)
         except OSError as error:
-            return _Look(_Verdict.UNREADABLE, error.strerror or str(error), ino)
+            return _unreadable(error, ino)
         if again == record.content.digest:
             return _Look(_Verdict.UNSTEADY, _UNSTEADY, ino)
         return _Look(_Verdict.DAMAGED, _OTHER_BYTES, ino)
@@ -325,7 +338,7 @@ class Scrubber:
         except FileNotFoundError:
             return _Look(_Verdict.MISSING, "it is missing")
         except OSError as error:
-            return _Look(_Verdict.UNREADABLE, error.strerror or str(error), self._ino_of_blob(content))
+            return _unreadable(error, self._ino_of_blob(content))
         try:
             ino = Ino(os.fstat(fd).st_ino)
             try:
@@ -334,7 +347,7 @@ class Scrubber:
                 self._backing.forget_cached(fd)
                 again = self._hash(fd)
             except OSError as error:
-                return _Look(_Verdict.UNREADABLE, error.strerror or str(error), ino)
+                return _unreadable(error, ino)
         finally:
             os.close(fd)
         if again == content.digest:

@@ -24,6 +24,7 @@ from . import (
     leave,
     mount,
     rebuild,
+    report,
     restore,
     scan,
     scrub,
@@ -67,7 +68,7 @@ exit codes:
 """
 
 _COMMANDS = (
-    *(estimate, mount, umount, status, health, settle, duplicates, scan, scrub),
+    *(estimate, mount, umount, status, health, settle, duplicates, report, scan, scrub),
     *(restore, leave, rebuild, fsck, gc, config),
 )
 

@@ -22,14 +22,15 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--price-per-gb-month",
         metavar="P",
-        type=_price,
+        type=price_of,
         help="what a gigabyte (10^9 bytes) of storage costs per month; by default 0.08 to 0.23 USD",
     )
     add_json(parser)
     parser.set_defaults(run=run)
 
 
-def _price(text: str) -> float:
+def price_of(text: str) -> float:
+    """An argument that is a price. Raises ArgumentTypeError."""
     try:
         price = float(text)
     except ValueError:

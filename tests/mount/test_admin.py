@@ -99,3 +99,33 @@ def test_health_and_metrics_of_a_mount(mounts: Mounts, tmp_path: Path) -> None:
         "is no socket"
         in mounted.run("mount", mounted.source, mounted.mountpoint, "-o", f"metrics={path}", exit_code=66).stderr
     )
+
+
+def test_report_of_a_mount(mounts: Mounts, tmp_path: Path) -> None:
+    mounted = mounts.new().start()
+    data = os.urandom(50_000)
+    for directory in ("permits", "inspections"):
+        mounted.path(directory).mkdir()
+        mounted.path(directory, "one").write_bytes(data)
+    mounted.settle()
+    answer = mounted.run("report", mounted.mountpoint, "--json", "--html", str(tmp_path / "page.html")).json()
+    assert answer["saved_bytes"] == len(data)
+    assert answer["pairs"] == [{"folders": ["inspections", "permits"], "bytes": len(data)}]
+    assert "50.0 kB" in (tmp_path / "page.html").read_text()
+
+
+def test_leave_and_gc_wait_for_the_mount_to_end(mounts: Mounts) -> None:
+    mounted = mounts.new().start()
+    data = os.urandom(50_000)
+    for name in ("one", "two"):
+        mounted.path(name).write_bytes(data)
+    mounted.settle()
+    for command in ("leave", "gc", "fsck"):
+        for target in (mounted.source, mounted.mountpoint):
+            assert "is mounted; run dedupfs umount first" in mounted.run(command, target, exit_code=75).stderr
+    assert mounted.path("one").read_bytes() == data
+    mounted.unmount()
+    assert mounted.run("gc", mounted.source, "--json").json()["problems"] == []
+    assert mounted.run("leave", mounted.source, "--json").json()["left"]
+    assert not mounted.store.exists()
+    assert [mounted.below(name).read_bytes() for name in ("one", "two")] == [data] * 2

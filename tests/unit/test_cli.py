@@ -27,7 +27,7 @@ from dedupfs.store import Store
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("mount", "umount", "settle", "status", "duplicates", "scan", "scrub", "restore", "leave", "rebuild", "fsck"),
-    *("gc", "config", "estimate", "health"),
+    *("gc", "config", "estimate", "health", "report"),
 )
 
 STATUS = {
@@ -403,7 +403,7 @@ def test_these_need_the_store_to_themselves(shell: Shell, live: FakeMount, comma
     assert "umount" in shell.refusal(75, command, live.source)
 
 
-@pytest.mark.parametrize("command", ["restore", "scrub", "leave", "rebuild", "fsck", "gc"])
+@pytest.mark.parametrize("command", ["restore", "scrub", "leave", "rebuild", "fsck", "gc", "report"])
 def test_these_make_no_store(shell: Shell, source: Path, command: str) -> None:
     assert "no dedupfs store" in shell.refusal(66, command, source)
     assert not (source / ".dedupfs").exists()

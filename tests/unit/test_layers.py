@@ -42,6 +42,7 @@ LAYERS = [
     "reconcile",
     "scrub",
     "restore",
+    "report",
     "health",
     "engine",
     "fsck",
@@ -56,6 +57,7 @@ LAYERS = [
     "libfuse",
     "fusefs",
     "mount",
+    "page",
     "cli",
     "__main__",
 ]
