@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Self
@@ -16,7 +17,7 @@ from .asking import AsCaller
 from .backing import Backing
 from .blobs import Blobs
 from .config import MountOptions
-from .digest import DescriptorHasher, hash_descriptor
+from .digest import Checkpoint, DescriptorHasher, hash_descriptor, proceed
 from .duplicates import Answers, Group
 from .errors import Busy, IndexDamaged, StoreError, Unavailable, UsageError
 from .fileio import FileIo
@@ -265,11 +266,11 @@ class Engine:
         self.index.clear()
         self.settler.index_is_complete = False
 
-    def look_again(self, content: ContentKey) -> list[Ino]:
+    def look_again(self, content: ContentKey, alive: Checkpoint = proceed) -> list[Ino]:
         """Forget what is known of files that hold this content themselves, and queue them: one of them may heal its
         blob. Answers which they are."""
         found: dict[Ino, bytes] = {}
-        with self.settler.writing() as batch:
+        with self.settler.writing(alive) as batch:
             for ino in batch.holders(content):
                 record = batch.file(ino)
                 if record is not None and record.state is not FileState.REFERENCE:
@@ -280,12 +281,14 @@ class Engine:
             self.settler.offer(ino, path)
         return list(found)
 
-    def _settle_again(self, content: ContentKey) -> None:
-        offered = self.look_again(content)
+    def _settle_again(self, content: ContentKey, alive: Checkpoint) -> None:
+        offered = self.look_again(content, alive)
         if not self._running:
-            self._work_off(lambda phase, done, total: None)
+            self._work_off(lambda phase, done, total: alive())
+        deadline = time.monotonic() + _HEALING_S
         for ino in offered if self._running else ():
-            self.settler.wait_settled(Key(self.backing.device, ino), _HEALING_S)
+            while not self.settler.wait_settled(Key(self.backing.device, ino), 0.5) and time.monotonic() < deadline:
+                alive()
 
     def scrub(self, progress: Progress, rate_mb_s: float | None = None) -> dict[str, object]:
         """Read every content again (see `scrub`); 0 sets no bound, None takes the mount's. Raises Busy beside another

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from .backing import Backing
 from .blobs import Blobs
-from .digest import CHUNK_BYTES, DescriptorHasher
+from .digest import CHUNK_BYTES, Checkpoint, DescriptorHasher, proceed
 from .errors import StoreError
 from .index import Index
 from .model import (
@@ -164,13 +164,14 @@ class Scrubber:
         settler: Settler,
         hasher: DescriptorHasher,
         on_replaced: Callable[[bytes], None],
-        settle_again: Callable[[ContentKey], None],
+        settle_again: Callable[[ContentKey, Checkpoint], None],
     ) -> None:
         """`on_replaced` is called with each path whose bytes are others; `settle_again` has all files settled that hold
-        the content as their own, and returns when that is done."""
+        the content as their own, and returns when that is done; meanwhile it calls its second argument."""
         self._backing, self._index, self._blobs = backing, index, blobs
         self._openfiles, self._gate, self._settler, self._hash = openfiles, gate, settler, hasher
         self._on_replaced, self._settle_again = on_replaced, settle_again
+        self._alive: Checkpoint = proceed  # called while anything takes its time; raises to stop
 
     def run(self, *, rate_bytes_s: int, total_bytes: int, progress: Progress) -> Report:
         """Read what the scrub under way has not read yet; begin one when there is none.
@@ -178,7 +179,8 @@ class Scrubber:
         What `progress` raises stops it; it goes on where it was. Raises StoreError when the index cannot be used.
         """
         report = Report()
-        pace = Pace(rate_bytes_s, lambda: progress("scrubbing (MiB)", report.bytes >> 20, total_bytes >> 20))
+        self._alive = lambda: progress("scrubbing (MiB)", report.bytes >> 20, total_bytes >> 20)
+        pace = Pace(rate_bytes_s, self._alive)
         scrub, report.resumed = self._begin()
         good: list[ContentKey] = []
         saved_s = time.monotonic()
@@ -209,7 +211,7 @@ class Scrubber:
         if last is not None and not last.finished_s:
             return last, True
         scrub = ScrubPass((last.number if last is not None else 0) + 1, int(time.time()))
-        with self._settler.writing() as batch:
+        with self._settler.writing(self._alive) as batch:
             batch.put_scrub_pass(scrub)
         return scrub, False
 
@@ -219,7 +221,7 @@ class Scrubber:
             return
         found = set(good)
         over = [damage for damage in self._index.damages() if damage.content in found and self._stands_for(damage)]
-        with self._settler.writing() as batch:
+        with self._settler.writing(self._alive) as batch:
             for content in good:
                 batch.put_verified(content, Verified(scrub.number, int(time.time())))
             for damage in over:
@@ -238,12 +240,12 @@ class Scrubber:
             found, position = self._index.all_verified(position, _PAGE)
             gone = [content for content in found if not self._index.count_holders(content)]
             if gone:
-                with self._settler.writing() as batch:
+                with self._settler.writing(self._alive) as batch:
                     for content in gone:
                         batch.put_verified(content, None)
             if not position:
                 break
-        with self._settler.writing() as batch:
+        with self._settler.writing(self._alive) as batch:
             batch.put_scrub_pass(scrub._replace(finished_s=int(time.time())))
 
     # -- one content --------------------------------------------------------------------------------------------------
@@ -320,7 +322,12 @@ class Scrubber:
                 return _Look(_Verdict.GOOD)
             with self._openfiles.watch(Key(self._backing.device, ino)) as watch:
                 self._backing.forget_cached(fd)
-                again = self._hash(fd, watch.checkpoint)
+
+                def checkpoint() -> None:
+                    watch.checkpoint()
+                    self._alive()
+
+                again = self._hash(fd, checkpoint)
                 if Stamp.of(os.fstat(fd)) != record.stamp or self._index.file(ino) != record:
                     return _Look(_Verdict.SKIPPED)
         except (InUse, GivenUp):
@@ -345,7 +352,7 @@ class Scrubber:
                 if self._read(fd, report, pace) == content.digest:
                     return _Look(_Verdict.GOOD, ino=ino)
                 self._backing.forget_cached(fd)
-                again = self._hash(fd)
+                again = self._hash(fd, self._alive)
             except OSError as error:
                 return _unreadable(error, ino)
         finally:
@@ -386,7 +393,7 @@ class Scrubber:
                 if look.verdict is _Verdict.UNREADABLE:
                     # Settling compares with the blob, which cannot be done. Nothing is lost: there is a good copy.
                     self._quarantine(content, look.ino, referring)
-                self._settle_again(content)
+                self._settle_again(content, self._alive)
             if good and self._is_another_and_good(content, look.ino):
                 fate = "healed"
             elif look.verdict is _Verdict.UNREADABLE and good:
@@ -403,7 +410,7 @@ class Scrubber:
         named = ", ".join(os.fsdecode(path) for path in finding.paths[:10])
         log.log(level, "scrub: blob %s of %s: %s (%s)", content.name, named, look.problem, fate)
         if fate != "healed" and look.verdict is not _Verdict.UNSTEADY:
-            with self._settler.writing() as batch:
+            with self._settler.writing(self._alive) as batch:
                 batch.put_damage(Damage(content, DamageKind.BLOB, look.ino, 0, 0, int(time.time()), look.problem))
 
     def _is_another_and_good(self, content: ContentKey, ino: Ino) -> bool:
@@ -412,7 +419,7 @@ class Scrubber:
         except OSError:
             return False
         try:
-            return os.fstat(fd).st_ino != ino and self._hash(fd) == content.digest
+            return os.fstat(fd).st_ino != ino and self._hash(fd, self._alive) == content.digest
         except OSError:
             return False
         finally:
@@ -444,7 +451,7 @@ class Scrubber:
         if look.verdict is _Verdict.UNSTEADY:
             return
         stamp = record.stamp
-        with self._settler.writing() as batch:
+        with self._settler.writing(self._alive) as batch:
             batch.put_damage(
                 Damage(
                     record.content,
@@ -493,7 +500,7 @@ class Scrubber:
         """What an earlier run found, and nobody has put right. The rest is forgotten."""
         over = [damage for damage in self._index.damages() if not self._damaged_paths(damage)]
         if over:
-            with self._settler.writing() as batch:
+            with self._settler.writing(self._alive) as batch:
                 for damage in over:
                     batch.drop_damage(damage)
         told = {(finding.kind, finding.content) for finding in report.findings}

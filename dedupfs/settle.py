@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from .backing import Backing
+from .digest import Checkpoint, proceed
 from .errors import DedupfsError, IndexDamaged, StoreError
 from .index import Batch, Index
 from .journal import Entry, Journal, Recording
@@ -213,15 +214,21 @@ class Settler:
                         return
 
     @contextmanager
-    def writing(self) -> Iterator[Batch]:
+    def writing(self, alive: Checkpoint = proceed) -> Iterator[Batch]:
         """A batch of somebody else's, committed at the end of the block. In it no file is read: settling waits for it.
 
-        Raises StoreError when it cannot be written; beside a mount it is tried until it can.
+        `alive` is called while settling has a batch in hand, and may raise to give up waiting. Raises StoreError when
+        the index cannot be written.
         """
-        with self._batch_lock:
+        while not self._batch_lock.acquire(timeout=_POLL_S):
+            alive()
+        try:
             batch = self._index.batch()
             yield batch
-            self._commit(batch)
+            batch.commit()
+            self._unreferenced |= batch.dereferenced
+        finally:
+            self._batch_lock.release()
 
     def wait_until_removed(self, timeout_s: float) -> None:
         """Wait until the blobs that lost their last reference are gone; those that an app reads stay until then."""

@@ -356,3 +356,24 @@ def test_an_index_that_is_new_begins_anew(bench: Bench, tmp_path: Path) -> None:
     bench.scan()
     assert verified(bench, "file") is None
     assert scrub(bench)["contents"] == 1
+
+
+def test_it_stops_also_while_the_index_cannot_be_written(bench: Bench) -> None:
+    """Somebody else has a batch in hand that does not come to its end: the disk is full."""
+
+    class Enough(Exception):
+        pass
+
+    bench.write("file", DATA)
+    bench.settle()
+    with bench.engine.settler._batch_lock:
+        stopping: list[int] = []
+
+        def stop(phase: str, done: int, total: int | None) -> None:
+            stopping.append(done)
+            if len(stopping) > 3:
+                raise Enough
+
+        with pytest.raises(Enough):
+            bench.engine.scrub(stop, 0)
+    assert scrub(bench)["contents"] == 1

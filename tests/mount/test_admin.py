@@ -4,12 +4,15 @@ import errno
 import os
 import socket
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Mounts
-from tests.support.mounted import Mounted
+from tests.support.mounted import REPOSITORY, Mounted
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="blobs are root's")
 references = pytest.mark.parametrize("mounts", [("reference", "ext4")], indirect=True, ids="-".join)
@@ -129,3 +132,68 @@ def test_leave_and_gc_wait_for_the_mount_to_end(mounts: Mounts) -> None:
     assert mounted.run("leave", mounted.source, "--json").json()["left"]
     assert not mounted.store.exists()
     assert [mounted.below(name).read_bytes() for name in ("one", "two")] == [data] * 2
+
+
+def test_scrub_while_programs_write(mounts: Mounts) -> None:
+    """What is being written is never called damaged, and nobody is held up."""
+    mounted = mounts.new().start()
+    pieces = [os.urandom(200_000) for _ in range(4)]
+    stop = threading.Event()
+    written = [0]
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            path = mounted.path(f"file {number % 12}")
+            if number % 3:
+                path.write_bytes(pieces[number % 4])
+            else:
+                with open(path, "r+b") as file:
+                    file.seek(5000)
+                    file.write(b"%d" % number)
+            if number % 7 == 0:
+                path.rename(mounted.path(f"file {(number + 5) % 12}"))
+                path.write_bytes(pieces[0])
+            written[0] = number
+
+    for number in range(12):
+        mounted.path(f"file {number}").write_bytes(pieces[number % 4])
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(4):
+            answer = mounted.run("scrub", mounted.mountpoint, "--json", "--rate", "0").json()
+            assert answer["findings"] == []
+    finally:
+        stop.set()
+        writer.join()
+    assert written[0] > 20
+    mounted.settle()
+    answer = mounted.run("scrub", mounted.mountpoint, "--json", "--rate", "0").json()
+    assert (answer["findings"], answer["skipped"]) == ([], 0)
+
+
+@references
+def test_a_scrub_ends_with_its_mount_and_goes_on_in_the_next(mounts: Mounts) -> None:
+    mounted = mounts.new().start()
+    for number in range(20):
+        mounted.path(f"file {number}").write_bytes(os.urandom(300_000))
+    mounted.settle()
+    slow = subprocess.Popen(
+        [sys.executable, "-m", "dedupfs", "scrub", mounted.mountpoint, "--rate", "1"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while slow.poll() is None and time.monotonic() < deadline:
+        refused = mounted.run("scrub", mounted.mountpoint, "--rate", "0", exit_code=None)
+        if "a scrub of this source is running already" in refused.stderr:
+            break
+    mounted.unmount()
+    _, complaint = slow.communicate(timeout=30)
+    assert (slow.returncode, "going down" in complaint) == (75, True)
+    mounted.start()
+    answer = mounted.run("scrub", mounted.mountpoint, "--json", "--rate", "0").json()
+    assert (answer["resumed"], answer["findings"], answer["exit_code"]) == (True, [], 0)
