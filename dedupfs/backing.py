@@ -427,6 +427,12 @@ class Backing:
             offset += done
         return True
 
+    @staticmethod
+    def forget_cached(fd: int) -> None:
+        """Let the kernel drop what it has of the file in memory, so that the next read is the disk's."""
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     # -- durability and guards ----------------------------------------------------------------------------------------
 
     @staticmethod

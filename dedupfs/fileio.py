@@ -19,6 +19,7 @@ from .journal import Restored, Shared, Touched
 from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, Caller, ContentKey, FileRecord, FileState, Stamp, is_hidden
 from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
 from .orphans import Orphans
+from .rules import EVERYTHING, SharingRules
 from .settle import Settler
 from .sharing import Changed, ReferenceSharing, Settled
 from .store import is_in_another
@@ -45,13 +46,14 @@ class FileIo:
         *,
         copies_refer: bool,
         noatime: bool,
+        rules: SharingRules = EVERYTHING,
     ) -> None:
         """`copies_refer`: a copy of a whole file inside the mount becomes a reference (else the backing filesystem
         shares extents by itself). `noatime`: reading leaves access times alone."""
         self._backing, self._index, self._blobs = backing, index, blobs
         self._openfiles, self._gate = openfiles, gate
         self._references, self._settler, self._orphans = references, settler, orphans
-        self._copies_refer = copies_refer
+        self._copies_refer, self._rules = copies_refer, rules
         self._quiet_flag = os.O_NOATIME if noatime else 0
         # Whether handles may be given to the kernel (see `passthrough`).
         self.kernel_may_serve = False
@@ -421,7 +423,7 @@ class FileIo:
         ):
             return 0
         path = self._backing.path_of(target.own_fd)
-        if path is None or is_in_another(self._backing, path):
+        if path is None or is_in_another(self._backing, path) or not self._rules.allow(path, size_bytes):
             return 0
         content = self._content_of(source)
         if content is None:
@@ -460,7 +462,7 @@ class FileIo:
             return None  # no index: a copy is then made of bytes
         st = os.fstat(source.own_fd)
         path = self._backing.path_of(source.own_fd)
-        if not self._may_publish(record, st, inode.key) or record is None or path is None:
+        if path is None or not self._may_publish(path, record, st, inode.key) or record is None:
             return None
         try:
             with self._openfiles.watch(inode.key) as watch:
@@ -472,9 +474,10 @@ class FileIo:
             return None
         return record.content
 
-    def _may_publish(self, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:
+    def _may_publish(self, path: bytes, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:
         return (
             record is not None
+            and self._rules.allow(path, st.st_size)
             and record.state is FileState.PLAIN
             and record.stamp == Stamp.of(st)
             and st.st_nlink == 1

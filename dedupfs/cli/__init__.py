@@ -14,7 +14,24 @@ from .. import __version__
 from ..config import debugging
 from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
-from . import duplicates, fsck, mount, rebuild, restore, scan, settle, status, umount
+from . import (
+    config,
+    duplicates,
+    estimate,
+    fsck,
+    gc,
+    health,
+    leave,
+    mount,
+    rebuild,
+    report,
+    restore,
+    scan,
+    scrub,
+    settle,
+    status,
+    umount,
+)
 from .output import printable
 
 EXIT_INTERRUPTED = 130
@@ -34,9 +51,10 @@ SOURCE is the directory that holds the archive, MOUNT the directory where it is 
 A command that takes either asks the running mount where there is one, and else works on the store itself.
 
 exit codes:
-    0  done; fsck: clean
-    1  restore: some files were not restored; fsck: everything found was repaired
-    2  fsck: something is left that was not repaired
+    0  done; fsck, scrub: nothing is wrong
+    1  fsck, scrub: everything found was repaired; restore, leave: some files were not restored or proven;
+       health: something is wrong
+    2  fsck, scrub: something is left that was not repaired; gc: something is in the way, nothing was removed
    64  wrong option or argument
    65  the store is damaged
    66  the source, the mount point or a named file cannot be used
@@ -49,7 +67,10 @@ exit codes:
   130  interrupted
 """
 
-_COMMANDS = (mount, umount, status, settle, duplicates, scan, restore, rebuild, fsck)
+_COMMANDS = (
+    *(estimate, mount, umount, status, health, settle, duplicates, report, scan, scrub),
+    *(restore, leave, rebuild, fsck, gc, config),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +84,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         self._action_max_length = 14  # argparse forgets that commands are indented, and breaks the line of the longest
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line; the manual pages are made from it, too."""
     parser = _Parser(
         prog="dedupfs",
         description=_DESCRIPTION,
@@ -83,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file name is the bytes it is
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = make_parser().parse_args(argv)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code

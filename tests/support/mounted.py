@@ -198,6 +198,10 @@ class Mounted:
         assert (self.store / "clean").exists(), "unmounted, but the store is not marked clean"
         self._needs_reconcile = False
 
+    def wait_until_dead(self) -> None:
+        """Somebody killed the daemon."""
+        assert _has_ended(self._process, patience_s=_PATIENCE_S), f"process {self.pid} runs on"
+
     def wait_until_ended(self) -> None:
         """Somebody else ended the mount: its daemon goes, and leaves a clean store."""
         assert _has_ended(self._process, patience_s=_PATIENCE_S), f"process {self.pid} runs on"

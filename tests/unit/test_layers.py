@@ -17,13 +17,16 @@ LAYERS = [
     "errors",
     "model",
     # pure
+    "rules",
     "config",
     "digest",
     "codec",
     # storage
     "backing",
+    "readme",
     "store",
     "blobs",
+    "trash",
     "index",
     # engine
     "openfiles",
@@ -37,15 +40,25 @@ LAYERS = [
     "fileio",
     "vfs",
     "reconcile",
+    "scrub",
+    "restore",
+    "report",
+    "health",
     "engine",
     "fsck",
+    "gc",
+    "leave",
+    "estimate",
     # edges
     "hardlinks",
     "passthrough",
     "control",
+    "notify",
+    "metrics",
     "libfuse",
     "fusefs",
     "mount",
+    "page",
     "cli",
     "__main__",
 ]
@@ -53,6 +66,7 @@ LAYERS = [
 # A library is the business of one module; another may take its place without the rest noticing.
 OWNERS = {
     "lmdb": "index",
+    "prometheus_client": "metrics",
     "mfusepy": "libfuse",
     "xxhash": "digest",
     "PIL": "phash",
@@ -61,6 +75,7 @@ OWNERS = {
 
 # Importing inside a function hides a circle, or is needed: (importer, imported) with the reason.
 LATE = {
+    ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
     ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before
