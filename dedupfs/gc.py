@@ -132,5 +132,7 @@ def _execute(backing: Backing, plan: Plan) -> None:
             plan.refuse(Blobs.path(content), str(error))
     for content in plan.unreferenced:
         trash.put(content, now_s=now_s)
+    if plan.expired:
+        backing.sync()  # what removed their last references must last before they go
     for discarded in plan.expired:
         trash.remove(discarded)

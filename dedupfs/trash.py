@@ -40,7 +40,13 @@ class Trash:
             self._backing.mkdir(TRASH, 0o700)
         path = Blobs.path(content)
         self._unseal(path)
-        self._backing.rename(path, b"%s/%s.%d" % (TRASH, content.name.encode(), now_s))
+        while True:
+            try:
+                self._backing.rename(path, b"%s/%s.%d" % (TRASH, content.name.encode(), now_s), RENAME_NOREPLACE)
+            except FileExistsError:
+                now_s += 1  # one that came in this very second is kept as well
+            else:
+                return
 
     def take_back(self, content: ContentKey) -> None:
         """Make the newest blob of this content that is here one again. Raises DamagedContent when none is good,

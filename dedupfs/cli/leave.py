@@ -15,8 +15,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="make every file plain, prove it, and remove the store",
         description="Give every reference its own bytes again, read every file and compare it with its digest, and "
         "only then remove .dedupfs: the directory is an ordinary one again. When a file cannot be restored, read or "
-        "proven, or something in .dedupfs is not of dedupfs, that is told and the store stays (exit code 1). Safe to "
-        "interrupt; run it again.",
+        "proven, or .dedupfs holds something that dedupfs cannot make again, that is told and the store stays (exit "
+        "code 1). Safe to interrupt; run it again.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="a source that is not mounted")

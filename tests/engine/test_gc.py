@@ -69,6 +69,15 @@ def test_through_the_trash(littered: Bench) -> None:
     assert littered.read("one") == littered.read("two") == DATA
 
 
+def test_two_of_a_content_are_both_kept(littered: Bench) -> None:
+    collect(littered)
+    blob = littered.source / ".dedupfs" / "blobs" / "ab" / UNNEEDED.name
+    for _ in range(3):
+        blob.write_bytes(content("unneeded"))
+        collect(littered)
+    assert len(trash(littered)) == 4
+
+
 def test_its_time_is_counted_from_when_it_came(littered: Bench) -> None:
     collect(littered)
     directory = littered.source / ".dedupfs" / "trash"

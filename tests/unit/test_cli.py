@@ -370,7 +370,9 @@ def test_gc_and_leave_of_a_store(shell: Shell, source: Path) -> None:
     (source / ".dedupfs" / "mine").touch()
     code, out, _ = shell("leave", source)
     assert code == 1
-    assert out.splitlines()[0] == "in the way: .dedupfs/mine: is not of dedupfs; look at it, and move it away"
+    assert (
+        out.splitlines()[0] == "in the way: .dedupfs/mine: would be lost with the store; look at it, and move it away"
+    )
     (source / ".dedupfs" / "mine").unlink()
     assert shell("leave", source)[:2] == (
         0,
