@@ -20,11 +20,16 @@ LAYERS = [
     "config",
     "digest",
     "codec",
+    "phash",
     # storage
     "backing",
     "store",
     "blobs",
     "index",
+    # workers
+    "sandbox",
+    "describer",
+    "workers",
     # engine
     "openfiles",
     "journal",
