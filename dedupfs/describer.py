@@ -37,9 +37,9 @@ def main(fd: int) -> None:
             if not request or not descriptors:
                 return
             _limit_processor_time()
-            # Unbuffered below: what is read is what is asked for.
             with os.fdopen(descriptors[0], "rb") as file:
-                connection.send(_answer(file))
+                answer = _answer(file)
+            connection.send(answer)
 
 
 def _answer(file: io.BufferedReader) -> bytes:

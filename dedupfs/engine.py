@@ -11,7 +11,7 @@ import stat
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from .asking import AsCaller
 from .backing import Backing
@@ -24,7 +24,7 @@ from .fileio import FileIo
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
-from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, FileState, Progress
+from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, Caller, ContentKey, FileState, Progress
 from .openfiles import Gate, OpenFiles
 from .orphans import Orphans
 from .reconcile import Census, Reconciler, Stopped, walk
@@ -32,6 +32,9 @@ from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, QUARANTINE, Store
 from .vfs import Vfs
+
+if TYPE_CHECKING:
+    from .imaging import Imaging
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +125,9 @@ class Engine:
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
         )
-        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, self._orphans)
+        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self._answer, self._orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
+        self.imaging: Imaging | None = None  # of a mount that describes pictures
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None
@@ -145,10 +149,23 @@ class Engine:
         if self._read_only:
             return
         self._running = True
+        self._start_imaging()
         self.settler.start()
         if not self.settler.index_is_complete:
             self._scanner = threading.Thread(target=self._scan_in_background, name="scan", daemon=True)
             self._scanner.start()
+
+    def _start_imaging(self) -> None:
+        from .imaging import Imaging  # loads numpy, which commands without a mount do without
+
+        self.imaging = Imaging(self.backing, self.index, self.blobs, self.settler, self.answers, self._as_caller)
+        self.imaging.describer.start()
+
+    def _answer(self, path: bytes, name: bytes, caller: Caller) -> bytes:
+        """The value of `user.dedupfs.<name>` of a file."""
+        if self.imaging is not None and self.imaging.answers(name):
+            return self.imaging.xattr(path, name, caller)
+        return self.answers.xattr(path, name, caller)
 
     def _scan_in_background(self) -> None:
         try:
@@ -168,6 +185,8 @@ class Engine:
         self._stopping.set()
         if self._scanner is not None:
             self._scanner.join()
+        if self.imaging is not None:
+            self.imaging.stop()
         agrees = True
         try:
             self.vfs.io.release_all()
@@ -192,8 +211,8 @@ class Engine:
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    def settle(self, progress: Progress) -> dict[str, object]:
-        """Wait until nothing is pending, first scan included."""
+    def settle(self, progress: Progress, *, exact: bool = False) -> dict[str, object]:
+        """Wait until nothing is pending, first scan included, nor any picture to be described unless `exact`."""
         before = self.settler.settled
         for _ in range(3):  # what a reader just closed is shared at its release, which is on the way
             closed = self.openfiles.wait_until_closed(None, _RELEASE_S)
@@ -206,6 +225,8 @@ class Engine:
             if not closed or self.openfiles.wait_until_closed(None, 0):
                 break  # it is open elsewhere, or nothing is
         self.settler.wait_until_removed(_RELEASE_S)
+        if self.imaging is not None and not exact:
+            self.imaging.settle(progress)
         return {"settled": self.settler.settled - before}
 
     def _is_idle(self) -> bool:
@@ -232,6 +253,7 @@ class Engine:
             "share": self.sharing.name,
             "passthrough": not (reason := self.why_no_passthrough()),
             "passthrough_reason": reason,
+            **(self.imaging.status() if self.imaging is not None else {}),
         }
 
     def _count_blobs(self) -> int:

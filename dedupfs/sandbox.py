@@ -25,12 +25,12 @@ from .errors import Unavailable
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
-_CLONE_NEWNS = 0x00020000
 _CLONE_NEWUTS = 0x04000000
 _CLONE_NEWIPC = 0x08000000
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
-_ALONE = _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWNET
+# No mount namespace: its copies of all mounts would keep each of them alive after it was unmounted.
+_ALONE = _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWNET
 
 _PR_SET_DUMPABLE = 4
 _PR_CAPBSET_DROP = 24

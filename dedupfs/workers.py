@@ -100,6 +100,13 @@ class Workers:
         self._put_back(worker)
         return description
 
+    def rest(self) -> None:
+        """End those that have nothing to do; others are started when there is something again."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.end()
+
     def close(self) -> None:
         """End all of them at once; whoever waits for a picture is told Unavailable."""
         with self._lock:

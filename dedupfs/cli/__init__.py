@@ -14,7 +14,23 @@ from .. import __version__
 from ..config import debugging
 from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
-from . import duplicates, fsck, mount, rebuild, restore, scan, settle, status, umount
+from . import (
+    authoritative,
+    conflicts,
+    duplicates,
+    find,
+    fsck,
+    groups,
+    mount,
+    not_similar,
+    rebuild,
+    restore,
+    scan,
+    settle,
+    similar,
+    status,
+    umount,
+)
 from .output import printable
 
 EXIT_INTERRUPTED = 130
@@ -49,7 +65,23 @@ exit codes:
   130  interrupted
 """
 
-_COMMANDS = (mount, umount, status, settle, duplicates, scan, restore, rebuild, fsck)
+_COMMANDS = (
+    mount,
+    umount,
+    status,
+    settle,
+    duplicates,
+    similar,
+    find,
+    groups,
+    authoritative,
+    not_similar,
+    conflicts,
+    scan,
+    restore,
+    rebuild,
+    fsck,
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """What a command is pointed at: a running mount, a store that nobody owns, a file in either."""
 
 import os
+import pwd
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -68,3 +69,21 @@ def path_within(root: str, path: str) -> str:
     if relative.split("/", 1)[0] == os.fsdecode(STORE_DIRECTORY) or not os.path.lexists(found):
         raise SourceError(f"{path} does not exist in {root}")
     return relative
+
+
+def file_within(mount: str, path: str) -> str:
+    """Like `path_within`, for a command that is about one file. Raises UsageError for a directory."""
+    found = path_within(mount, path)
+    if os.path.isdir(os.path.join(mount, found)):
+        raise UsageError(f"{path} is a directory; name a file")
+    return found
+
+
+def who() -> str:
+    """Who gives the command, for the record: the user's name, also behind sudo."""
+    if name := os.environ.get("SUDO_USER"):
+        return name
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

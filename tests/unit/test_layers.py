@@ -21,11 +21,15 @@ LAYERS = [
     "digest",
     "codec",
     "phash",
+    "likeness",
+    "authority",
     # storage
     "backing",
     "store",
     "blobs",
+    "imagetables",
     "index",
+    "decisions",
     # workers
     "sandbox",
     "describer",
@@ -38,6 +42,11 @@ LAYERS = [
     "settle",
     "asking",
     "duplicates",
+    "gallery",
+    "similar",
+    "describing",
+    "pictures",
+    "imaging",
     "orphans",
     "fileio",
     "vfs",
@@ -65,6 +74,7 @@ OWNERS = {
 
 # Importing inside a function hides a circle, or is needed: (importer, imported) with the reason.
 LATE = {
+    ("engine", "imaging"),  # loads numpy, which commands without a mount do without
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
     ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before
