@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NOT_DESCRIBING = "only a mount that is not read-only describes"
 _RELEASE_S = 2.0  # how long a close() may take to reach us
 
 
@@ -237,7 +238,7 @@ class Engine:
         self.settler.work_off(lambda done, left: progress("settling", done, done + left))
 
     def status(self) -> dict[str, object]:
-        totals = self.index.totals()
+        totals, pictures = self.index.totals(), self.index.images.totals()
         scanning = self._scan_lock.locked()
         return {
             "source": os.fsdecode(self.backing.source),
@@ -253,7 +254,10 @@ class Engine:
             "share": self.sharing.name,
             "passthrough": not (reason := self.why_no_passthrough()),
             "passthrough_reason": reason,
-            **(self.imaging.status() if self.imaging is not None else {}),
+            "pictures_described": pictures.described,
+            "pictures_waiting": pictures.waiting,
+            "pictures_undescribable": pictures.undescribable,
+            "pictures_reason": self.imaging.describer.why_not if self.imaging is not None else _NOT_DESCRIBING,
         }
 
     def _count_blobs(self) -> int:

@@ -20,7 +20,6 @@ Columns = NDArray[np.uint64]
 
 _KEY_BYTES = 18
 _PART = 1 << 16  # rows that are looked at together: they stay in the processor's cache
-_NOBODY = 0xFFFFFFFF
 # Of the first column's 64 bits, this many may differ in a turned form that is near. By chance 3 % of all do.
 _FIRST_COLUMN_RADIUS = 24
 
@@ -41,17 +40,20 @@ class Gallery:
     def size_bytes(self) -> int:
         return self._columns.nbytes + self._owners.nbytes + len(self._keys)
 
-    def add(self, content: ContentKey, hashes: list[bytes]) -> None:
-        """`hashes`: of each of its views."""
-        columns = columns_of(hashes)
+    def add(self, pictures: list[tuple[ContentKey, list[bytes]]]) -> None:
+        """Pictures, each with the hashes of its views."""
+        if not pictures:
+            return
+        columns = columns_of([hashed for _, hashes in pictures for hashed in hashes])
         with self._lock:
             number = len(self)
-            self._keys += codec.encode_content(content)
-            end = self._rows + len(hashes)
+            self._keys += b"".join(codec.encode_content(content) for content, _ in pictures)
+            end = self._rows + columns.shape[1]
             if end > len(self._owners):
                 self._grow(end)
             self._columns[:, self._rows : end] = columns
-            self._owners[self._rows : end] = number
+            counts = [len(hashes) for _, hashes in pictures]
+            self._owners[self._rows : end] = np.repeat(np.arange(number, number + len(pictures)), counts)
             self._rows = end
 
     def _grow(self, least: int) -> None:

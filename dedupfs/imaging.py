@@ -56,14 +56,5 @@ class Imaging:
             done = self.describer.described - before
             progress("describing", done, done + self.describer.totals().waiting)
 
-    def status(self) -> dict[str, object]:
-        totals = self.describer.totals()
-        return {
-            "pictures_described": totals.described,
-            "pictures_waiting": totals.waiting,
-            "pictures_undescribable": totals.undescribable,
-            "pictures_reason": self.describer.why_not,
-        }
-
     def stop(self) -> None:
         self.describer.stop()

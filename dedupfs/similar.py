@@ -6,6 +6,7 @@ its record, for both sides. Report only: nothing here changes what is stored of 
 `Similar` has one writer, the thread that describes; asking is for any thread.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ _MOST_NEAR = 256
 _MOST_COMPARED = 64
 # A burst has thousands of frames, a form thousands of sheets: each knows these nearest ones.
 _MOST_APART = 16
+_LOADED_AT_ONCE = 1000
 
 
 class Found(NamedTuple):
@@ -39,9 +41,9 @@ class Similar:
     def load(self, version: int) -> None:
         """Take all pictures of this describing path from the index."""
         self.gallery.clear()
-        for content, record in self._images.all_pictures():
-            if record.version == version:
-                self.gallery.add(content, _hashes(record))
+        pictures = self._images.all_pictures()
+        while some := list(itertools.islice(pictures, _LOADED_AT_ONCE)):
+            self.gallery.add([(content, _hashes(record)) for content, record in some if record.version == version])
         self._loaded = version
 
     @property
@@ -52,7 +54,7 @@ class Similar:
         """A picture was described: compare it with all others. From now on others are compared with it."""
         found = self.find(record, thumbnails)
         self._fresh[content] = (record, thumbnails)
-        self.gallery.add(content, _hashes(record))
+        self.gallery.add([(content, _hashes(record))])
         return [Alike(other, likeness.relation, likeness.distance) for other, likeness in found if other != content]
 
     def written(self) -> None:

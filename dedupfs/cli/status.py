@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             ("references", f"{answer['references']:,}"),
             ("blobs", f"{answer['blobs']:,}"),
             ("pending", f"{answer['pending']:,}" + (", and a scan is running" if answer["scanning"] else "")),
-            *_pictures(answer),
+            ("pictures", _pictures(answer)),
             ("sharing by", str(answer["share"])),
             ("passthrough", "yes" if answer["passthrough"] else f"no: {answer['passthrough_reason']}"),
         ]
@@ -43,13 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(answer: dict[str, Any]) -> list[tuple[str, str]]:
-    if "pictures_described" not in answer:
-        return []
+def _pictures(answer: dict[str, Any]) -> str:
     text = f"{answer['pictures_described']:,} described"
     for what in ("waiting", "undescribable"):
         if answer[f"pictures_{what}"]:
             text += f", {answer[f'pictures_{what}']:,} {what}"
     if answer["pictures_reason"]:
         text += f"; none is described now: {answer['pictures_reason']}"
-    return [("pictures", text)]
+    return text
