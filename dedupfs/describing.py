@@ -8,8 +8,10 @@ and while apps change things, for a moment each time; whoever asks about a pictu
 A file that changes while it is described is left waiting: its content is another one then, or it is looked at again.
 """
 
+import itertools
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -21,7 +23,7 @@ from .blobs import Blobs
 from .errors import DamagedContent, StoreError, Unavailable
 from .imagetables import Described
 from .index import Index
-from .model import ContentKey, FileState, ImageEntry, ImageState, ImageTotals, Stamp
+from .model import ContentKey, FileState, ImageEntry, ImageState, ImageTotals, Ino, Stamp
 from .settle import Settler
 from .similar import Similar
 from .workers import Refused, Workers
@@ -34,8 +36,11 @@ _HELD_BACK_S = 1.0  # at most, before each round of workers
 _LOOK_S = 0.05
 _LATER_S = 30.0  # until what could not be read is tried again
 _REST_S = 30.0  # without work, until the workers go
+_WITHOUT_WORKERS_S = 60.0  # until it is tried again whether they can be had
 _RETRY_S = 5.0  # after the index could not be written
 _PUT_BACK = 500
+_MOST_ENTRIES = 1000  # of a directory that are looked at, and
+_MOST_BESIDE = 64  # files of it a picture is compared with beside those that are near
 
 _HEAD_BYTES = 32
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -77,6 +82,7 @@ class Describer:
         self._idle = False
         self._waiting = 0
         self._thread: threading.Thread | None = None
+        self._complained = ""  # once is enough
         self.why_not = ""  # why no picture can be described
         self.described = 0
 
@@ -155,11 +161,7 @@ class Describer:
                 except Unavailable as reason:
                     if self._stopping:
                         return
-                    log.warning("pictures are not described: %s", reason)
-                    with self._condition:
-                        self.why_not = str(reason)
-                        self._condition.notify_all()
-                    return
+                    self._complain(str(reason))
                 except StoreError as error:
                     log.error("%s; describing goes on later", error)
                     self._pause(_RETRY_S)
@@ -167,6 +169,16 @@ class Describer:
                     # A bug that one picture meets must not leave all others undescribed.
                     log.exception("describing failed; it goes on later")
                     self._pause(_RETRY_S)
+
+    def _complain(self, reason: str) -> None:
+        """No worker can be had. Whoever waits is told, and it is tried again later."""
+        with self._condition:
+            if self._complained != reason:
+                log.warning("pictures are not described: %s", reason)
+            self.why_not = self._complained = reason
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._stopping, _WITHOUT_WORKERS_S)
+            self.why_not = ""
 
     def _pause(self, seconds: float) -> None:
         with self._condition:
@@ -260,7 +272,29 @@ class Describer:
         record, thumbnails = described.entry.record, described.thumbnails
         if record is None or thumbnails is None:
             return described
-        return Described(described.entry, thumbnails, self._similar.introduce(content, record, thumbnails))
+        alike = self._similar.introduce(content, record, thumbnails, self._beside(content))
+        return Described(described.entry, thumbnails, alike)
+
+    def _beside(self, content: ContentKey) -> list[ContentKey]:
+        """What else is in the directory of a content's first file, the nearest in time first."""
+        for ino in itertools.islice(self._index.iter_holders(content), 1):
+            for path in self._index.paths(ino, self._backing.root_ino)[:1]:
+                try:
+                    found = self._contents_of(os.path.dirname(path), self._backing.lstat(path).st_mtime_ns)
+                except OSError:
+                    break  # moved meanwhile
+                return [other for other in found if other != content]
+        return []
+
+    def _contents_of(self, directory: bytes, time_ns: int) -> list[ContentKey]:
+        files: list[tuple[int, Ino]] = []
+        with closing(self._backing.scandir(directory)) as entries:
+            for entry in itertools.islice(entries, _MOST_ENTRIES):
+                st = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(st.st_mode):
+                    files.append((abs(st.st_mtime_ns - time_ns), Ino(st.st_ino)))
+        records = (self._index.file(ino) for _, ino in sorted(files)[:_MOST_BESIDE])
+        return list(dict.fromkeys(record.content for record in records if record is not None))
 
     def _write(self, done: dict[ContentKey, Described]) -> None:
         with self._settler.writing() as batch:

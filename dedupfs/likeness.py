@@ -124,6 +124,27 @@ def compare(
     return Likeness(relation, seen.distance, evidence)
 
 
+def compare_cuts(
+    record: ImageRecord, thumbnails: Thumbnails, other: ImageRecord, other_thumbnails: Thumbnails
+) -> Likeness | None:
+    """Whether one of the two is a cut of the other that is too small for their hashes to be near.
+
+    For pictures that have something else in common, a folder, say: among millions it would find what is not there.
+    """
+    if record.is_flat or other.is_flat or record.is_document or other.is_document:
+        return None
+    ours, theirs = levels_of(thumbnails.full), levels_of(other_thumbnails.full)
+    found = _cut_of(ours, theirs) or _cut_of(theirs, ours)
+    if found is None:
+        return None
+    evidence = found.evidence()
+    far = distance(record.phash, other.phash)
+    if is_another_release(record, other):
+        return Likeness(Relation.SEQUENCE, far, evidence | {"taken": [record.taken, other.taken]})
+    evidence["sizes"] = [[record.width, record.height], [other.width, other.height]]
+    return Likeness(Relation.CROPPED, far, evidence)
+
+
 def is_another_release(record: ImageRecord, other: ImageRecord) -> bool:
     """Whether the camera says that its shutter was released twice. Times that are equal as far as both go are one."""
     if not record.taken or not other.taken:
@@ -268,8 +289,71 @@ _PATCH_SIGMA = 1.5
 _DIFFERENT = 13.0  # levels, in the mean over a patch, once tones are matched
 
 
+_CUT_SCALES = (0.95, 0.9, 0.8, 0.7)
+_CUT_PLACES = 5  # along each side
+_CUT_SIDE = 16
+_CUT_PROPOSED = 0.5  # correlation of what is laid side by side coarsely
+_CUT_NCC, _CUT_BLOCKS = 0.8, 0.7  # both
+
+
+def _cut_of(whole: Floats, part: Floats) -> _View | None:
+    """Where in `whole` the picture `part` is, if it is."""
+    windows, maps = _windows(whole - _blurred(whole, 6.0))
+    (wanted,) = _normalised((_coarse() @ (part - _blurred(part, 6.0)) @ _coarse().T).reshape(1, -1))
+    scores = windows @ wanted
+    best = int(scores.argmax())
+    if scores[best] < _CUT_PROPOSED:
+        return None
+    matrix = _align(whole, part, maps[best])
+    moved, inside = _warp(whole, matrix)
+    ncc, blocks = _agreement(moved, part, inside)
+    if ncc < _CUT_NCC or blocks < _CUT_BLOCKS:
+        return None
+    return _View(0, UPRIGHT, (False, False), ncc, blocks, matrix, [], 0.0)
+
+
+def _windows(levels: Floats) -> tuple[Floats, list[Floats]]:
+    """Coarse views through windows of each size and place, each a row; and their maps."""
+    views, maps = [], []
+    for scale, weights, places in _window_weights():
+        rows = weights @ levels
+        views.append((rows[:, None] @ weights.swapaxes(1, 2)[None]).reshape(-1, _CUT_SIDE * _CUT_SIDE))
+        maps += [np.array([[scale, 0, right], [0, scale, down]]) for down in places for right in places]
+    return _normalised(np.concatenate(views)), maps
+
+
+def _normalised(rows: Floats) -> Floats:
+    centred: Floats = rows - rows.mean(axis=1, keepdims=True)
+    centred /= np.sqrt((centred**2).sum(axis=1, keepdims=True)) + 1e-9
+    return centred
+
+
+@functools.cache
+def _window_weights() -> list[tuple[float, Floats, list[float]]]:
+    """Of each scale: matrices that see the lines of a thumbnail through each window, and the windows' centres."""
+    found = []
+    for scale in _CUT_SCALES:
+        places = [float(place) for place in np.linspace(scale - 1, 1 - scale, _CUT_PLACES)]
+        found.append((scale, np.stack([_line_weights(scale, place) for place in places]), places))
+    return found
+
+
+@functools.cache
+def _coarse() -> Floats:
+    return _line_weights(1.0, 0.0)
+
+
+def _line_weights(scale: float, centre: float) -> Floats:
+    """A matrix that reduces what is within `scale` of `centre` (both from -1 to 1) to `_CUT_SIDE` values."""
+    wanted = centre + scale * ((np.arange(_CUT_SIDE) + 0.5) * 2 / _CUT_SIDE - 1)
+    there = (np.arange(_SIDE) + 0.5) * 2 / _SIDE - 1
+    weights: Floats = np.exp(-((wanted[:, None] - there[None, :]) ** 2) / (2 * (scale / _CUT_SIDE) ** 2))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
+
+
 def _overlay(ours: Floats, theirs: Floats, far: int, form: int, trimmed: tuple[bool, bool]) -> _View:
-    matrix = _align(ours, theirs)
+    matrix = _align(ours, theirs, _IDENTITY)
     moved, inside = _warp(ours, matrix)
     upright, all_inside = ours, np.ones_like(inside)
     ncc, blocks = _agreement(moved, theirs, inside)
@@ -323,10 +407,10 @@ def _warp(levels: Floats, matrix: Floats) -> tuple[Floats, Bits]:
     return (top * (1 - y) + bottom * y).reshape(_SIDE, _SIDE), inside.reshape(_SIDE, _SIDE)
 
 
-def _align(ours: Floats, theirs: Floats) -> Floats:
-    """The affine map under which `ours` fits `theirs` best, by Gauss and Newton on blurred levels, whatever their
-    brightness and contrast; the identity when there is no overlap to speak of."""
-    matrix = _IDENTITY.copy()
+def _align(ours: Floats, theirs: Floats, start: Floats) -> Floats:
+    """The affine map near `start` under which `ours` fits `theirs` best, by Gauss and Newton on blurred levels,
+    whatever their brightness and contrast; the identity when there is no overlap to speak of."""
+    matrix = start.copy()
     right, down = _places()
     for sigma, steps in _STEPS:
         target = _blurred(theirs, sigma) - _blurred(theirs, 4 * sigma)

@@ -42,6 +42,7 @@ _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF", "WEBP")
 
 _EVEN_LINE = 0.72  # the share of a line's pixels that have to be
 _EVEN_LEVELS = 10  # this near to the line's median, for the line to be border
+_WORDS_LINES, _WORDS_WITHIN = 0.08, 0.25  # of all lines: so many, so near to the edge
 _SMALLEST_TRIMMED = 0.3  # of a side; beyond, what is left says little
 _WHITE = 225
 
@@ -241,11 +242,18 @@ def _trimmed(levels: Grey) -> Grey | None:
 
 
 def _uneven_range(lines: Grey) -> tuple[int, int]:
-    """The range of lines from the first to the last one that is not even; (0, 0) when all are."""
+    """The range of lines from the first to the last one that is not even; (0, 0) when all are. A few uneven ones with
+    even ones behind them do not count at either end: they are the words of a caption."""
     middle = np.partition(lines, lines.shape[1] // 2, axis=1)[:, lines.shape[1] // 2]
     near = np.abs(lines.astype(np.int16) - middle[:, None].astype(np.int16)) <= _EVEN_LEVELS
     uneven = np.flatnonzero(near.mean(axis=1) < _EVEN_LINE)
-    return (int(uneven[0]), int(uneven[-1]) + 1) if len(uneven) else (0, 0)
+    runs = np.split(uneven, np.flatnonzero(np.diff(uneven) > 1) + 1)
+    few = max(_WORDS_LINES * len(lines), 1)
+    while len(runs) > 1 and len(runs[0]) <= few and runs[0][-1] < _WORDS_WITHIN * len(lines):
+        runs.pop(0)
+    while len(runs) > 1 and len(runs[-1]) <= few and runs[-1][0] >= (1 - _WORDS_WITHIN) * len(lines):
+        runs.pop()
+    return (int(runs[0][0]), int(runs[-1][-1]) + 1) if len(uneven) else (0, 0)
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .gallery import Gallery
 from .imagetables import ImageTables
-from .likeness import Likeness, compare, is_another_release
+from .likeness import Likeness, compare, compare_cuts, is_another_release
 from .model import Alike, ContentKey, ImageRecord, Relation, Thumbnails
 
 # Of the pictures that are near, so many are looked at, and so many of those laid over the new one.
@@ -50,9 +50,21 @@ class Similar:
     def is_loaded(self) -> bool:
         return self._loaded is not None
 
-    def introduce(self, content: ContentKey, record: ImageRecord, thumbnails: Thumbnails) -> list[Alike]:
-        """A picture was described: compare it with all others. From now on others are compared with it."""
+    def introduce(
+        self, content: ContentKey, record: ImageRecord, thumbnails: Thumbnails, beside: list[ContentKey]
+    ) -> list[Alike]:
+        """A picture was described: compare it with all others. From now on others are compared with it.
+
+        `beside`: contents that have something else in common with it, among which cuts are looked for.
+        """
         found = self.find(record, thumbnails)
+        known = {content, *(other for other, _ in found)}
+        for other in beside:
+            theirs = None if other in known else self._picture(other)
+            if theirs is not None and theirs[0].version == record.version:
+                known.add(other)
+                likeness = compare_cuts(record, thumbnails, *theirs)
+                found += [Found(other, likeness)] if likeness is not None else []
         self._fresh[content] = (record, thumbnails)
         self.gallery.add([(content, _hashes(record))])
         return [Alike(other, likeness.relation, likeness.distance) for other, likeness in found if other != content]
@@ -93,6 +105,8 @@ class Similar:
             if ours is None or theirs is None:
                 continue
             likeness = compare(*ours, *theirs)
+            if likeness is None and alike.relation is Relation.CROPPED:
+                likeness = compare_cuts(*ours, *theirs)
             if likeness is None or likeness.relation is not alike.relation:
                 # Laying the one over the other is not quite the same as the other over the one: what was found when
                 # they met stands.

@@ -30,7 +30,7 @@ _PICTURE_S = 90.0  # by the clock, at the lowest priority; the worker itself has
 _END_S = 5.0
 _SHARE = 500  # pictures, then another process takes over
 _MOST_RESIDENT_BYTES = 512 << 20  # between two pictures
-_MOST_FAILED_STARTS = 3
+_MOST_STARTS = 3
 
 # Threads of numeric libraries would only reserve address space, and must not exist when the sandbox closes.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -49,7 +49,6 @@ class Workers:
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._closed = False
-        self._failed_starts = 0
         self._version: int | None = None
         self.started = 0
 
@@ -122,12 +121,19 @@ class Workers:
         with self._lock:
             if self._closed:
                 raise Unavailable("the mount is going down")
-            if self._failed_starts >= _MOST_FAILED_STARTS:
-                raise Unavailable("workers do not start; the log says why")
             worker = self._idle.pop() if self._idle else None
             if worker is not None:
                 self._busy.add(worker)
                 return worker
+        for _ in range(_MOST_STARTS):
+            try:
+                return self._start()
+            except _Silent as silence:
+                reason = str(silence)
+        raise Unavailable(f"a worker for pictures does not start: {reason}")
+
+    def _start(self) -> "_Worker":
+        """Raises _Silent when it dies before it is ready, Unavailable when it cannot be shut in."""
         worker = _Worker()
         with self._lock:
             self._busy.add(worker)
@@ -137,10 +143,10 @@ class Workers:
         try:
             self._version = worker.wait_until_ready(_START_S)
         except BaseException:
-            self._failed_starts += 1
             self._discard(worker)
+            if self._closed:
+                raise Unavailable("the mount is going down") from None
             raise
-        self._failed_starts = 0
         self.started += 1
         return worker
 
@@ -192,11 +198,8 @@ class _Worker:
             theirs.close()
 
     def wait_until_ready(self, timeout_s: float) -> int:
-        """The version of its describing path. Raises Unavailable."""
-        try:
-            greeting = self._receive(timeout_s)
-        except _Silent as silence:
-            raise Unavailable(f"a worker for pictures did not start: it {silence}") from None
+        """The version of its describing path. Raises Unavailable when it refuses, _Silent when it says nothing."""
+        greeting = self._receive(timeout_s)
         if greeting[:1] != _DESCRIBED or len(greeting) != 5:
             raise Unavailable(greeting[1:].decode(errors="replace"))
         return int.from_bytes(greeting[1:], "big")

@@ -178,6 +178,20 @@ def test_what_changes_is_described_anew_and_what_goes_is_forgotten(mounted: Moun
 
 
 @ONE_FLAVOUR
+def test_cuts_are_found_beside_their_original(mounted: Mounted) -> None:
+    image = picture()
+    inner = image.crop((image.width // 5, image.height // 5, image.width, image.height))
+    for folder in ("permit", "elsewhere"):
+        mounted.path(folder).mkdir()
+    mounted.path("permit/whole.jpg").write_bytes(jpeg(image))
+    mounted.path("permit/other.jpg").write_bytes(jpeg(picture(3)))
+    mounted.path("permit/cut.jpg").write_bytes(jpeg(inner))
+    assert similar_of(mounted, "permit/cut.jpg") == {"permit/whole.jpg": "cropped"}
+    answer = mounted.run("similar", mounted.mountpoint, "permit/whole.jpg", "--json").json()
+    assert answer["similar"][0]["evidence"]["cut"]["width_percent"] in range(75, 126)
+
+
+@ONE_FLAVOUR
 def test_a_burst_is_a_sequence_and_no_duplicate(mounted: Mounted) -> None:
     image = picture()
     for number in range(4):
@@ -342,14 +356,18 @@ def test_malformed_pictures_leave_the_mount_serving_and_their_bytes_intact(mount
 @ONE_FLAVOUR
 def test_workers_that_are_killed_cost_no_picture(mounted: Mounted) -> None:
     image = picture()
-    for number in range(12):
-        mounted.path(f"{number}.jpg").write_bytes(jpeg(image.resize((300 + number, 200)), 85))
-        for worker in _workers_of(mounted.pid):
+    killed: set[int] = set()
+    for number in range(8):
+        path = f"{number}.jpg"
+        mounted.path(path).write_bytes(jpeg(image.resize((300 + number, 200)), 85))
+        assert mounted.xattr(path, "phash")
+        workers = _workers_of(mounted.pid)
+        for worker in workers:
             os.kill(worker, signal.SIGKILL)
-    mounted.settle()
+        killed.update(workers)
+    assert len(killed) == 8
     status = mounted.status()
-    assert status["pictures_described"] + status["pictures_undescribable"] == 12
-    assert status["pictures_waiting"] == 0
+    assert (status["pictures_described"], status["pictures_reason"]) == (8, "")
 
 
 def _workers_of(pid: int) -> list[int]:

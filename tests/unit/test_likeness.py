@@ -17,6 +17,7 @@ from dedupfs.likeness import (
     UPRIGHT,
     Likeness,
     compare,
+    compare_cuts,
     distance,
     form_of,
     hash_of,
@@ -46,6 +47,13 @@ def described(image: Image.Image, kind: str = "JPEG", **how: Any) -> Description
 
 def between(one: Description, other: Description) -> Likeness | None:
     return compare(one.record, one.thumbnails, other.record, other.thumbnails)
+
+
+def between_cuts(one: Description, other: Description) -> Likeness | None:
+    there = compare_cuts(one.record, one.thumbnails, other.record, other.thumbnails)
+    back = compare_cuts(other.record, other.thumbnails, one.record, one.thumbnails)
+    assert (there is None) == (back is None)
+    return there
 
 
 def relation_of(image: Image.Image, changed: Image.Image, kind: str = "JPEG", **how: Any) -> str:
@@ -95,6 +103,18 @@ def test_ways(way: str) -> None:
     found = [relation_of(picture(number), change(picture(number)), **how) for number in range(PICTURES)]
     # Each can be mistaken for another one now and then: a cut of sky is a border, to a program.
     assert found.count(expected) >= PICTURES - 1, found
+
+
+@pytest.mark.parametrize("percent", [10, 20, 30])
+def test_cuts_that_no_hash_proposes(percent: float) -> None:
+    cuts = [between_cuts(described(picture(number)), described(cut(picture(number), percent))) for number in range(6)]
+    found = [likeness for likeness in cuts if likeness is not None]
+    assert len(found) >= PICTURES - 1
+    for likeness in found:
+        assert likeness.relation is Relation.CROPPED
+        assert abs(likeness.evidence["cut"]["width_percent"] - (100 - percent)) <= 5
+    different = itertools.combinations([described(picture(number)) for number in range(PICTURES)], 2)
+    assert [between_cuts(one, other) for one, other in different] == [None] * 15
 
 
 def test_different_pictures_have_nothing_in_common() -> None:
