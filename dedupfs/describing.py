@@ -119,6 +119,11 @@ class Describer:
         with self._patiently():
             return self._condition.wait_for(lambda: self._idle or self._ended(), timeout_s)
 
+    def wait_loaded(self, timeout_s: float) -> bool:
+        """Wait until what was described before is known to the search."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._similar.is_loaded or self._idle or self._ended(), timeout_s)
+
     def entry(self, content: ContentKey, timeout_s: float) -> ImageEntry | None:
         """What is known of a content as a picture, once it is described. None for one that nobody holds any more, or
         that is not described in time."""
@@ -221,6 +226,8 @@ class Describer:
                         images.set_described_by(version)
                     break
         self._similar.load(version)
+        with self._condition:
+            self._condition.notify_all()
         return True
 
     def _work(self, pool: ThreadPoolExecutor) -> bool:

@@ -109,6 +109,7 @@ class Pictures:
     def find(self, file: str) -> dict[str, object]:
         """Where the picture in a file from outside is in the archive, and in which forms. Raises OSError for one that
         cannot be read, SourceError for one that cannot be described, Unavailable."""
+        self._describer.wait_loaded(_PATIENCE_S)
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from tests.conftest import Mounts
+from tests.mount.test_life import fuse_for_everybody  # noqa: F401 - a fixture
 from tests.support import hostile
 from tests.support.flavours import ONE_FLAVOUR
 from tests.support.mounted import Mounted, dedupfs
@@ -322,6 +323,35 @@ def test_conflicts(mounted: Mounted) -> None:
     (conflict,) = mounted.run("conflicts", mounted.mountpoint, "--json").json()
     assert sorted(conflict["paths"]) == [["one/permit-17.jpg"], ["two/scan.jpg"]]
     assert (conflict["relation"], conflict["claim"]) == ("annotated", "taken 2026-01-02T03:04:05.25 by Model")
+
+
+@needs_root
+@ONE_FLAVOUR
+@pytest.mark.usefixtures("fuse_for_everybody")
+def test_a_mount_of_an_ordinary_user_describes_as_well(mounts: Mounts) -> None:
+    mounted = mounts.new(user=USER).start()
+    command = ["sh", "-c", 'cat >"$1"', "sh"]
+    for number, quality in enumerate((90, 70)):
+        tool(*command, mounted.path(f"{number}.jpg"), user=USER, stdin=jpeg(picture(), quality))
+    mounted.settle()
+    status = mounted.status()
+    assert (status["pictures_described"], status["pictures_reason"]) == (2, "")
+    answer = mounted.run("similar", mounted.mountpoint, "0.jpg", "--json").json()
+    assert [(found["path"], found["relation"]) for found in answer["similar"]] == [("1.jpg", "recompressed")]
+    (worker,) = _workers_of(mounted.pid)
+    assert "CapEff:\t0000000000000000" in Path(f"/proc/{worker}/status").read_text()
+    assert os.stat(f"/proc/{worker}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+
+
+@ONE_FLAVOUR
+def test_a_mount_that_is_read_only_answers_what_it_can(mounted: Mounted) -> None:
+    mounted.path("one.jpg").write_bytes(jpeg(picture()))
+    mounted.settle()
+    mounted.restart("share=reference", "ro")
+    assert errno_of(mounted, "one.jpg", "phash") == errno.ENODATA
+    refused = mounted.run("similar", mounted.mountpoint, "one.jpg", exit_code=69)
+    assert "read-only" in refused.stderr
+    assert mounted.status()["pictures_described"] == 1
 
 
 # --- hostile files
