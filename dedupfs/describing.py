@@ -31,6 +31,7 @@ from .workers import Refused, Workers
 log = logging.getLogger(__name__)
 
 _GROUP = 64  # contents a transaction, or
+_ROUND = 4  # contents a worker, before it is looked again what is next
 _GROUP_S = 1.0  # what comes in this time
 _HELD_BACK_S = 1.0  # at most, before each round of workers
 _LOOK_S = 0.05
@@ -80,7 +81,7 @@ class Describer:
         self._awake = False
         self._stopping = False
         self._idle = False
-        self._waiting = 0
+        self._waiting = self._asking = 0  # how many wait; how many of them for one picture
         self._thread: threading.Thread | None = None
         self._complained = ""  # once is enough
         self.why_not = ""  # why no picture can be described
@@ -128,7 +129,7 @@ class Describer:
         """What is known of a content as a picture, once it is described. None for one that nobody holds any more, or
         that is not described in time."""
         deadline = time.monotonic() + timeout_s
-        with self._patiently():
+        with self._patiently(), self._asking_for_one():
             while True:
                 entry = self._index.images.entry(content)
                 if entry is None or entry.state is not ImageState.WAITING:
@@ -154,6 +155,15 @@ class Describer:
                 yield
             finally:
                 self._waiting -= 1
+
+    @contextmanager
+    def _asking_for_one(self) -> Iterator[None]:
+        """Inside, with the condition held, what is described is written at once."""
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
 
     # -- working ------------------------------------------------------------------------------------------------------
 
@@ -240,15 +250,15 @@ class Describer:
             if not chosen:
                 break
             took = True
-            self._hold_back()
             for content, described in zip(chosen, pool.map(self._describe, chosen), strict=True):
+                self._hold_back()
                 if described is None:
                     with self._condition:
                         self._later[content] = time.monotonic() + _LATER_S
                         self._condition.notify_all()
                 else:
                     done[content] = self._compared(content, described)
-            if self._waiting and done:
+            if self._asking and done:
                 break
         if done:
             self._write(done)
@@ -259,9 +269,10 @@ class Describer:
             urgent, later = list(self._urgent), set(self._later)
             self._urgent.clear()
         skipped = later.union(done)
-        waiting = self._index.images.waiting(self._at_a_time + len(skipped))
+        most = _ROUND * self._at_a_time  # some are described while others are compared
+        waiting = self._index.images.waiting(most + len(skipped))
         chosen = dict.fromkeys(content for content in (*urgent, *waiting) if content not in skipped)
-        first = list(chosen)[: max(self._at_a_time, len(urgent))]
+        first = list(chosen)[: len(urgent) or most]
         return [content for content in first if self._waits(content)]
 
     def _waits(self, content: ContentKey) -> bool:
