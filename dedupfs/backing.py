@@ -16,7 +16,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 
 from .codec import decode_reference, encode_reference
@@ -190,7 +190,7 @@ class Backing:
         except PermissionError:
             return self.open(path, os.O_RDONLY | flags)
 
-    def scandir(self, path: bytes) -> Iterator[os.DirEntry[str]]:
+    def scandir(self, path: bytes) -> Generator[os.DirEntry[str], None, None]:
         """The entries of a directory, whose access time stays; a symbolic link in its place is an error, not followed.
 
         Names come as `str` (Python has no bytes form for descriptors): `os.fsencode(entry.name)` is the name.

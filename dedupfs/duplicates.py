@@ -19,7 +19,7 @@ from .openfiles import Key
 from .settle import Settler
 
 # XATTR_SIZE_MAX: the kernel takes no longer value.
-_LONGEST_ANSWER_BYTES = 65536
+LONGEST_ANSWER_BYTES = 65536
 
 # How long an app that asks about a pending file is kept waiting before it is told that there is no answer.
 _PATIENCE_S = 60.0
@@ -55,7 +55,7 @@ class Answers:
         others = sorted(found for found in self.paths(record.content) if found != path)
         answer = bytearray()
         for found in self._as_caller.readable(others, caller):
-            if len(answer) + len(found) + 1 > _LONGEST_ANSWER_BYTES:
+            if len(answer) + len(found) + 1 > LONGEST_ANSWER_BYTES:
                 break
             answer += found + b"\0"
         return bytes(answer)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from .asking import AsCaller
 from .backing import Backing
@@ -25,7 +25,7 @@ from .health import Health, look
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
-from .model import UNKNOWN_PATH, ContentKey, Damage, FileState, Ino, Progress
+from .model import UNKNOWN_PATH, Caller, ContentKey, Damage, FileState, Ino, Progress
 from .openfiles import Gate, Key, OpenFiles
 from .orphans import Orphans
 from .reconcile import Reconciler, Stopped
@@ -37,8 +37,12 @@ from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, QUARANTINE, Store
 from .vfs import Vfs
 
+if TYPE_CHECKING:
+    from .imaging import Imaging
+
 log = logging.getLogger(__name__)
 
+_NOT_DESCRIBING = "only a mount that is not read-only describes"
 _RELEASE_S = 2.0  # how long a close() may take to reach us
 _HEALING_S = 600.0  # how long a scrub waits for a copy to be settled, which may be behind others
 
@@ -130,7 +134,7 @@ class Engine:
             noatime=options.noatime,
             rules=rules,
         )
-        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self.answers, self._orphans)
+        self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self._answer, self._orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
         self._scrubber = Scrubber(
             backing,
@@ -148,6 +152,7 @@ class Engine:
         )
         self._scrub_rate_bytes_s = int(options.scrub_rate_mb_s * 10**6)
         self._scrub_lock = threading.Lock()
+        self.imaging: Imaging | None = None  # of a mount that describes pictures
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None
@@ -169,10 +174,23 @@ class Engine:
         if self._read_only:
             return
         self._running = True
+        self._start_imaging()
         self.settler.start()
         if not self.settler.index_is_complete:
             self._scanner = threading.Thread(target=self._scan_in_background, name="scan", daemon=True)
             self._scanner.start()
+
+    def _start_imaging(self) -> None:
+        from .imaging import Imaging  # loads numpy, which commands without a mount do without
+
+        self.imaging = Imaging(self.backing, self.index, self.blobs, self.settler, self.answers, self._as_caller)
+        self.imaging.describer.start()
+
+    def _answer(self, path: bytes, name: bytes, caller: Caller) -> bytes:
+        """The value of `user.dedupfs.<name>` of a file."""
+        if self.imaging is not None and self.imaging.answers(name):
+            return self.imaging.xattr(path, name, caller)
+        return self.answers.xattr(path, name, caller)
 
     def _scan_in_background(self) -> None:
         try:
@@ -192,6 +210,8 @@ class Engine:
         self._stopping.set()
         if self._scanner is not None:
             self._scanner.join()
+        if self.imaging is not None:
+            self.imaging.stop()
         agrees = True
         try:
             self.vfs.io.release_all()
@@ -216,8 +236,8 @@ class Engine:
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    def settle(self, progress: Progress) -> dict[str, object]:
-        """Wait until nothing is pending, first scan included."""
+    def settle(self, progress: Progress, *, exact: bool = False) -> dict[str, object]:
+        """Wait until nothing is pending, first scan included, nor any picture to be described unless `exact`."""
         before = self.settler.settled
         for _ in range(3):  # what a reader just closed is shared at its release, which is on the way
             closed = self.openfiles.wait_until_closed(None, _RELEASE_S)
@@ -230,6 +250,8 @@ class Engine:
             if not closed or self.openfiles.wait_until_closed(None, 0):
                 break  # it is open elsewhere, or nothing is
         self.settler.wait_until_removed(_RELEASE_S)
+        if self.imaging is not None and not exact:
+            self.imaging.settle(progress)
         return {"settled": self.settler.settled - before}
 
     def _is_idle(self) -> bool:
@@ -240,7 +262,7 @@ class Engine:
         self.settler.work_off(lambda done, left: progress("settling", done, done + left))
 
     def status(self) -> dict[str, object]:
-        totals = self.index.totals()
+        totals, pictures = self.index.totals(), self.index.images.totals()
         scanning = self._scan_lock.locked()
         return {
             "source": os.fsdecode(self.backing.source),
@@ -256,6 +278,10 @@ class Engine:
             "share": self.sharing.name,
             "passthrough": not (reason := self.why_no_passthrough()),
             "passthrough_reason": reason,
+            "pictures_described": pictures.described,
+            "pictures_waiting": pictures.waiting,
+            "pictures_undescribable": pictures.undescribable,
+            "pictures_reason": self.imaging.describer.why_not if self.imaging is not None else _NOT_DESCRIBING,
         }
 
     def _count_blobs(self) -> int:

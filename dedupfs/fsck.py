@@ -145,7 +145,7 @@ def _reconcile(source: str, findings: list[Finding], progress: Progress) -> None
     """Opening the store sweeps leftovers; a walk corrects what is stale in the index, a new index what is wrong; and a
     plain file takes the place of a missing blob of its content."""
     with Engine(source, MountOptions(share=Share.REFERENCE)) as engine:
-        if any(finding.check in ("index", "counters") for finding in findings):
+        if any(finding.check in ("index", "counters", "pictures") for finding in findings):
             engine.replace_index()
         engine.scan(progress)
         for content in {finding.content for finding in findings if finding.content is not None}:
@@ -253,6 +253,8 @@ def check_index(index: Index, tree: _Tree, backing: Backing, *, was_clean: bool)
     totals, counted = index.totals(), recompute(index)
     if totals != counted:
         yield Finding("counters", INDEX, f"counters say {totals}, the records {counted}")
+    for problem in index.images.problems():
+        yield Finding("pictures", INDEX, problem)
     if not index.is_complete():
         return
     pending = {ino for ino, _ in index.load_queue()}

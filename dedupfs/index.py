@@ -16,6 +16,7 @@ Only this module imports lmdb; `codec` makes the bytes. The tables (d: dupsort, 
     queue      sequence          inode, path       pending work, written at a clean stop
     verified   digest+collision  Verified          when a scrub last found this content good
     damages    content, kind, inode   Damage       what a scrub found damaged, until it is good again or gone
+    images, thumbnails, backlog, alike             pictures by content, see `imagetables`
 
 Sharing is never recorded before it is done, and never unrecorded before it is undone: a record that is missing costs a
 look at the file, a record too many is found wrong when it is looked at.
@@ -38,9 +39,11 @@ from lmdb.verify import VerifyError, verify
 
 from . import codec
 from .errors import IndexDamaged, StoreError, UnknownFormat
+from .imagetables import Described, ImageTables
 from .model import ContentKey, Damage, Digest, FileRecord, FileState, Ino, Link, ScrubPass, Totals, Verified
 
-SCHEMA_VERSION = b"1"
+SCHEMA_VERSION = b"2"
+_WITHOUT_PICTURES = b"1"  # the schema before; it has all of this one but the tables of pictures
 
 # Sparse, and never grown: enlarging a map while transactions are open is what crashes. About 400 bytes a file are used.
 _MAP_BYTES = 64 << 30
@@ -71,6 +74,13 @@ class Index:
             names = (("meta", 0), ("files", 0), ("links", 1), ("dirs", 0), ("holders", 1), ("sharers", 1), ("queue", 0))
             self._check_length(os.path.join(os.fsdecode(directory), "data.mdb"))
             tables = {name: self._env.open_db(name.encode(), dupsort=bool(dup)) for name, dup in names}
+            self.images = ImageTables(
+                lambda name, dup: self._env.open_db(name.encode(), dupsort=dup),
+                tables["meta"],
+                tables["holders"],
+                self._read,
+                self._write,
+            )
         except lmdb.Error as error:
             raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
         self._meta, self._files, self._links = tables["meta"], tables["files"], tables["links"]
@@ -103,6 +113,9 @@ class Index:
                 txn.put(b"store", identity, db=self._meta)
                 return
             owner = txn.get(b"store", db=self._meta)
+            if version == _WITHOUT_PICTURES and owner == identity:
+                txn.put(b"version", SCHEMA_VERSION, db=self._meta)
+                version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise UnknownFormat(
                 f"the index has schema {version!r}, this dedupfs knows {SCHEMA_VERSION!r}; use a newer one"
@@ -331,7 +344,7 @@ class Index:
             owner = txn.get(b"store", db=self._meta)
             for table in (self._files, self._links, self._dirs, self._holders, self._sharers, self._queue, self._meta):
                 txn.drop(table, delete=False)
-            for table in (self._verified, self._damages):
+            for table in (self._verified, self._damages, *self.images.tables):
                 txn.drop(table, delete=False)
             txn.put(b"version", SCHEMA_VERSION, db=self._meta)
             txn.put(b"store", owner or b"", db=self._meta)
@@ -397,11 +410,13 @@ class Batch:
         self._numbers: dict[Digest, set[int]] = {}  # collision numbers of those that somebody joined
         self._links: dict[Ino, dict[Link, bool]] = {}  # True: put, False: removed
         self._dirs: dict[Ino, Link | None] = {}
+        self._described: dict[ContentKey, Described] = {}
         self.dereferenced: set[ContentKey] = set()  # contents that a record of a reference was dropped of
         self._scrubbed: list[tuple[lmdb._Database, bytes, bytes | None]] = []  # None: removed
 
     def __len__(self) -> int:
-        return len(self._files) + len(self._links) + len(self._dirs) + len(self._scrubbed)
+        records = len(self._files) + len(self._links) + len(self._dirs)
+        return records + len(self._scrubbed) + len(self._described)
 
     def file(self, ino: Ino) -> FileRecord | None:
         return self._files[ino] if ino in self._files else self._index.file(ino)
@@ -503,14 +518,22 @@ class Batch:
     def put_scrub_pass(self, scrub: ScrubPass) -> None:
         self._scrubbed.append((self._index._meta, b"scrub", codec.encode_scrub_pass(scrub)))
 
+    def put_image(self, content: ContentKey, described: Described) -> None:
+        """What became of a content that waited to be described."""
+        self._described[content] = described
+
     def commit(self) -> None:
         """Write everything in one transaction. Raises IndexDamaged (a full map or disk too), with nothing changed."""
         if not len(self):
             return
         index = self._index
         with index._write() as txn:
+            contents: dict[ContentKey, None] = {}  # in the order in which their files came
             for ino, record in self._files.items():
-                self._write_file(txn, ino, record)
+                contents.update(dict.fromkeys(self._write_file(txn, ino, record)))
+            index.images.follow(txn, contents)
+            for content, described in self._described.items():
+                index.images.record(txn, content, described)
             for ino, changed in self._links.items():
                 key = codec.encode_ino(ino)
                 for link, put in changed.items():
@@ -534,17 +557,24 @@ class Batch:
         self._links.clear()
         self._dirs.clear()
         self._scrubbed.clear()
+        self._described.clear()
 
-    def _write_file(self, txn: lmdb.Transaction[bytes], ino: Ino, record: FileRecord | None) -> None:
+    def _write_file(self, txn: lmdb.Transaction[bytes], ino: Ino, record: FileRecord | None) -> list[ContentKey]:
+        """Answers the contents that it had and has."""
         index, key = self._index, codec.encode_ino(ino)
+        contents: list[ContentKey] = []
         value = txn.get(key, db=index._files)
         if value is not None:
-            self._account(txn, key, codec.decode_file(value), joins=False)
+            before = codec.decode_file(value)
+            contents.append(before.content)
+            self._account(txn, key, before, joins=False)
         if record is None:
             txn.delete(key, db=index._files)
         else:
             txn.put(key, codec.encode_file(record), db=index._files)
             self._account(txn, key, record, joins=True)
+            contents.append(record.content)
+        return contents
 
     def _account(self, txn: lmdb.Transaction[bytes], ino: bytes, record: FileRecord, *, joins: bool) -> None:
         """Keep the tables by content, and the counters, in step with one file record that comes or goes."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from .backing import Backing
 from .blobs import Blobs, parse_name
 from .config import MountOptions, Share
+from .decisions import DECISIONS
 from .digest import hash_descriptor
 from .engine import Engine
 from .errors import Busy, StoreError
@@ -26,6 +27,8 @@ from .store import BLOBS, INDEX, ORPHANS, QUARANTINE, STAGING, TRASH, Store, is_
 # What dedupfs itself puts into a store, and may therefore take away.
 _FURNITURE = (b"README", b"clean", b"daemon.json", b"daemon.log", b"sharing.json")
 _LAST = (b"format", b"lock")
+# What it made for people, which is theirs.
+_KEPT = {DECISIONS: "says what people decided about pictures; move it to where you keep it"}
 _INDEX_FILES = (b"data.mdb", b"lock.mdb")
 _DIRECTORIES = (BLOBS, INDEX, STAGING, ORPHANS, TRASH, QUARANTINE)
 

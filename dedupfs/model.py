@@ -162,3 +162,108 @@ class Caller(NamedTuple):
     gid: int
     pid: int
     umask: int = 0
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+THUMBNAIL_SIDE = 64
+HASH_BYTES = 32
+
+
+class Thumbnails(NamedTuple):
+    """Grey views of a picture, each squeezed into a square of `THUMBNAIL_SIDE` pixels, a byte a pixel, row by row.
+
+    `full` is the picture as it is shown; `trimmed` what is left without an even border, b"" where there is none.
+    """
+
+    full: bytes
+    trimmed: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """What is known of a picture, by content. Texts and marks are empty where the file does not tell."""
+
+    version: int  # of the describing path: hashes of different versions are never compared
+    format: str  # as Pillow calls it: JPEG, PNG, …
+    width: int  # as shown, the orientation applied
+    height: int
+    orientation: int  # EXIF: 1 to 8
+    phash: bytes  # of the full view, HASH_BYTES; bits in the order of imagehash.phash(hash_size=16)
+    trimmed_phash: bytes  # of the trimmed view, b"" where nothing was trimmed
+    scan: bytes  # digest of what decides a JPEG's pixels, whatever its metadata say
+    pixels: bytes  # digest of the pixels, of formats without loss
+    quality: int  # of a JPEG's quantisation, 1 to 100; 0 for other formats
+    contrast: int  # standard deviation of the grey levels, in tenths
+    bright_permille: int  # of the pixels that are nearly white: a document has many
+    is_grey: bool  # stored without colours
+    taken: str  # when the shutter was released by the camera's clock: 2026-01-31T23:59:59.25, as precise as it is
+    zone: str  # of that clock: +02:00
+    make: str
+    camera: str
+    serial: str
+    software: str
+    has_gps: bool
+
+    @property
+    def is_document(self) -> bool:
+        return self.bright_permille > 600
+
+    @property
+    def is_flat(self) -> bool:
+        """Too even to be told from others of its kind."""
+        return self.contrast < 40
+
+
+class ImageState(enum.IntEnum):
+    """How far a content is with being described."""
+
+    NO_PICTURE = 0  # its first bytes are those of no known format
+    WAITING = 1
+    UNDESCRIBABLE = 2
+    DESCRIBED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """What the index says of a content as a picture: always one of the four states."""
+
+    state: ImageState
+    sequence: int = 0  # its place in the backlog, while it waits
+    reason: str = ""  # why it cannot be described
+    record: ImageRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTotals:
+    described: int = 0
+    waiting: int = 0
+    undescribable: int = 0
+
+
+class Relation(enum.StrEnum):
+    """How one picture is related to another; what is further down is further from being the same."""
+
+    IDENTICAL = "identical"  # the same bytes
+    METADATA = "metadata"  # the same scan, other metadata
+    PIXELS = "pixels"  # the same pixels in another container
+    RECOMPRESSED = "recompressed"
+    RESIZED = "resized"
+    ROTATED = "rotated"  # turned or mirrored
+    TONE = "tone"  # brightness, contrast, sharpness
+    ANNOTATED = "annotated"  # something was laid over it, or around it
+    CROPPED = "cropped"  # another cut of it, straightened too
+    SEQUENCE = "sequence"  # another release of the shutter: no duplicate
+    TEMPLATE = "template"  # another sheet of the same form: no duplicate
+
+    @property
+    def is_same_picture(self) -> bool:
+        return self not in (Relation.SEQUENCE, Relation.TEMPLATE)
+
+
+class Alike(NamedTuple):
+    """That a picture resembles another: how, and by how many of the 256 bits their nearest views differ."""
+
+    content: ContentKey
+    relation: Relation
+    distance: int

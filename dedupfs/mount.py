@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from . import control
 from .backing import Backing
@@ -29,6 +29,9 @@ from .engine import Engine
 from .errors import Busy, DedupfsError, NotMounted, SourceError, Unavailable, UsageError
 from .model import STORE_DIRECTORY, Progress
 from .notify import Herald
+
+if TYPE_CHECKING:
+    from .pictures import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +121,8 @@ def commands(engine: Engine) -> dict[str, control.Command]:
     def health(_arguments: Mapping[str, object], _progress: Progress) -> object:
         return engine.health().as_json()
 
-    def settle(_arguments: Mapping[str, object], progress: Progress) -> object:
-        return engine.settle(progress)
+    def settle(arguments: Mapping[str, object], progress: Progress) -> object:
+        return engine.settle(progress, exact=bool(arguments.get("exact")))
 
     def scan(_arguments: Mapping[str, object], progress: Progress) -> object:
         return engine.scan(progress)
@@ -144,7 +147,7 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         path = arguments.get("path")
         return engine.duplicates(None if path is None else _path(path))
 
-    return {
+    found: dict[str, control.Command] = {
         "status": status,
         "health": health,
         "settle": settle,
@@ -154,6 +157,62 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         "report": report,
         "duplicates": duplicates,
     }
+    return found | _picture_commands(engine)
+
+
+def _picture_commands(engine: Engine) -> dict[str, control.Command]:
+    def pictures() -> "Pictures":
+        if engine.imaging is None:
+            raise Unavailable("pictures are not described in a mount that is read-only")
+        return engine.imaging.pictures
+
+    def similar(arguments: Mapping[str, object], _progress: Progress) -> object:
+        return pictures().similar(_path(arguments.get("path")))
+
+    def find(arguments: Mapping[str, object], _progress: Progress) -> object:
+        return pictures().find(_text(arguments, "file"))
+
+    def groups(arguments: Mapping[str, object], progress: Progress) -> object:
+        relations = arguments.get("relations", [])
+        if not isinstance(relations, list):
+            raise UsageError("the relations are not a list")
+        return pictures().groups([str(each) for each in relations], lambda done: progress("grouping", done, None))
+
+    def authoritative(arguments: Mapping[str, object], _progress: Progress) -> object:
+        path = _path(arguments.get("path"))
+        action = arguments.get("action")
+        if action is None:
+            return pictures().authoritative(path)
+        if action not in ("pin", "unpin", "note"):
+            raise UsageError(f"{action!r} is nothing that can be decided")
+        return pictures().decide(path, str(action), who=_text(arguments, "who"), text=_text(arguments, "text"))
+
+    def history(arguments: Mapping[str, object], _progress: Progress) -> object:
+        return pictures().history(_path(arguments.get("path")))
+
+    def not_similar(arguments: Mapping[str, object], _progress: Progress) -> object:
+        one, other = _path(arguments.get("path")), _path(arguments.get("other"))
+        return pictures().not_similar(one, other, who=_text(arguments, "who"))
+
+    def conflicts(_arguments: Mapping[str, object], _progress: Progress) -> object:
+        return pictures().conflicts()
+
+    return {
+        "similar": similar,
+        "find": find,
+        "groups": groups,
+        "authoritative": authoritative,
+        "history": history,
+        "not-similar": not_similar,
+        "conflicts": conflicts,
+    }
+
+
+def _text(arguments: Mapping[str, object], name: str) -> str:
+    value = arguments.get(name, "")
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is not a text")
+    return value
 
 
 def _path(value: object) -> bytes:

@@ -41,6 +41,10 @@ _RETRY_S = 5.0  # after the index could not be written
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
 
 
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(slots=True)
 class _Pending:
     path: bytes
@@ -80,6 +84,8 @@ class Settler:
         # lost: a reference nobody counted could then be the last one.
         self.index_is_complete = False
         self.lost_a_batch = False
+        # Called after files were settled and written to the index; a mount sets it.
+        self.on_settled: Callable[[], None] = _nobody
 
     def attach(self, matcher: Matcher, recording: Recording, unlink_blob: Callable[[ContentKey], None]) -> None:
         """What it works with; each of them notes or queues something here, and so comes later."""
@@ -197,6 +203,12 @@ class Settler:
                 )
             finally:
                 self._waiting -= 1
+
+    def is_busy(self) -> bool:
+        """Whether files wait to be settled, or apps are changing something just now."""
+        with self._condition:
+            waiting = self._fresh or self._backlog or self._working
+            return bool(waiting) or time.monotonic() - self._changed_at < _CALM_S
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -354,6 +366,7 @@ class Settler:
             applied = self._journal.appended - len(self._journal)
             self._commit(batch)
             self._remove_unreferenced()
+        self.on_settled()
         with self._condition:
             self._settled.clear()
             self._applied = applied

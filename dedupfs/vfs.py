@@ -8,12 +8,11 @@ by the kernel (default_permissions); what is created belongs to the caller.
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from .backing import RENAME_EXCHANGE, RENAME_NOREPLACE, Backing
-from .duplicates import Answers
 from .errors import StoreError
 from .fileio import FileIo
 from .journal import DirectoryNamed, Named, Touched, Unnamed
@@ -69,11 +68,11 @@ class Vfs:
         gate: Gate,
         settler: Settler,
         io: FileIo,
-        answers: Answers,
+        answer: Callable[[bytes, bytes, Caller], bytes],
         orphans: Orphans,
     ) -> None:
         self._backing, self._openfiles, self._gate = backing, openfiles, gate
-        self._settler, self.io, self._answers, self._orphans = settler, io, answers, orphans
+        self._settler, self.io, self._answer, self._orphans = settler, io, answer, orphans
         self.control_path = b""  # where the mount listens for commands; set before it serves
 
     # -- paths --------------------------------------------------------------------------------------------------------
@@ -401,7 +400,7 @@ class Vfs:
             if not path and name == OUR_XATTRS + b"control":
                 return self.control_path
             if name.startswith(OUR_XATTRS):
-                return self._answers.xattr(path, name[len(OUR_XATTRS) :], caller)
+                return self._answer(path, name[len(OUR_XATTRS) :], caller)
             raise _errno(errno.ENODATA)
         return self._backing.getxattr(path, name)
 

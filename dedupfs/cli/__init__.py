@@ -15,20 +15,26 @@ from ..config import debugging
 from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
 from . import (
+    authoritative,
     config,
+    conflicts,
     duplicates,
     estimate,
+    find,
     fsck,
     gc,
+    groups,
     health,
     leave,
     mount,
+    not_similar,
     rebuild,
     report,
     restore,
     scan,
     scrub,
     settle,
+    similar,
     status,
     umount,
 )
@@ -68,8 +74,9 @@ exit codes:
 """
 
 _COMMANDS = (
-    *(estimate, mount, umount, status, health, settle, duplicates, report, scan, scrub),
-    *(restore, leave, rebuild, fsck, gc, config),
+    *(estimate, mount, umount, status, health, settle, duplicates, report),
+    *(similar, find, groups, authoritative, not_similar, conflicts),
+    *(scan, scrub, restore, leave, rebuild, fsck, gc, config),
 )
 
 

@@ -10,16 +10,18 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "settle",
         help="wait until nothing is pending",
-        description="Return when every closed file has been hashed, and shared where another has the same bytes.",
+        description="Return when every closed file has been hashed, and shared where another has the same bytes, and "
+        "every picture has been described.",
         allow_abbrev=False,
     )
     parser.add_argument("mount", metavar="MOUNT")
+    parser.add_argument("--exact", action="store_true", help="do not wait for pictures to be described")
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    answer = ask(arguments.mount, "settle", {})
+    answer = ask(arguments.mount, "settle", {"exact": arguments.exact})
     if arguments.json:
         print_json(answer)
     else:

@@ -1,6 +1,7 @@
 """dedupfs status MOUNT"""
 
 import argparse
+from typing import Any
 
 from .output import add_json, print_facts, print_json, size_text
 from .targets import ask
@@ -34,8 +35,19 @@ def run(arguments: argparse.Namespace) -> int:
             ("references", f"{answer['references']:,}"),
             ("blobs", f"{answer['blobs']:,}"),
             ("pending", f"{answer['pending']:,}" + (", and a scan is running" if answer["scanning"] else "")),
+            ("pictures", _pictures(answer)),
             ("sharing by", str(answer["share"])),
             ("passthrough", "yes" if answer["passthrough"] else f"no: {answer['passthrough_reason']}"),
         ]
     )
     return 0
+
+
+def _pictures(answer: dict[str, Any]) -> str:
+    text = f"{answer['pictures_described']:,} described"
+    for what in ("waiting", "undescribable"):
+        if answer[f"pictures_{what}"]:
+            text += f", {answer[f'pictures_{what}']:,} {what}"
+    if answer["pictures_reason"]:
+        text += f"; none is described now: {answer['pictures_reason']}"
+    return text

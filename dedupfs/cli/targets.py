@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pwd
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -85,3 +86,21 @@ def named(target: str | None, instance: str | None) -> str:
         return str(target)
     told = read_configuration("", privileged=os.geteuid() == 0, file=instance_file(instance))
     return told.mountpoint or told.source or instance_path(instance)
+
+
+def file_within(mount: str, path: str) -> str:
+    """Like `path_within`, for a command that is about one file. Raises UsageError for a directory."""
+    found = path_within(mount, path)
+    if os.path.isdir(os.path.join(mount, found)):
+        raise UsageError(f"{path} is a directory; name a file")
+    return found
+
+
+def who() -> str:
+    """Who gives the command, for the record: the user's name, also behind sudo."""
+    if name := os.environ.get("SUDO_USER"):
+        return name
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

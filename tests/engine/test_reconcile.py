@@ -29,7 +29,8 @@ def answers(bench: Bench) -> object:
             path = os.path.relpath(os.path.join(directory, name), bench.source)
             found[path] = (bench.digest(path), bench.state(path), bench.refs(path), bench.duplicates(path))
     status = bench.status()
-    del status["pending"]
+    for name in ("pending", "pictures_waiting", "pictures_reason"):
+        del status[name]
     return found, status, bench.engine.duplicates(None)
 
 

@@ -185,14 +185,31 @@ def test_an_index_of_a_newer_schema(source: Path) -> None:
     with lmdb.open(str(source / ".dedupfs/index"), max_dbs=8) as env:
         meta = env.open_db(b"meta", create=False)
         with env.begin(write=True) as txn:
-            assert txn.get(b"version", db=meta) == b"1"
-            txn.put(b"version", b"2", db=meta)
+            assert txn.get(b"version", db=meta) == b"2"
+            txn.put(b"version", b"3", db=meta)
     with pytest.raises(UnknownFormat):
         Engine(str(source), MountOptions(share=Share.REFERENCE))
     shutil.rmtree(source / ".dedupfs/index")
     with Engine(str(source), MountOptions(share=Share.REFERENCE)) as engine:
         engine.scan(silent)
         assert read(engine, "sub/two.jpg") == PICTURE
+
+
+def test_an_index_from_before_pictures(source: Path) -> None:
+    """Schema 1 is this one without the tables of pictures: it is taken over, and its contents wait to be described."""
+    with Engine(str(source), MountOptions(share=Share.REFERENCE)) as engine:
+        engine.scan(silent)
+    with lmdb.open(str(source / ".dedupfs/index"), max_dbs=16) as env:
+        tables = {name: env.open_db(name, create=False) for name in (b"meta", b"images", b"backlog")}
+        with env.begin(write=True) as txn:
+            txn.put(b"version", b"1", db=tables[b"meta"])
+            for name in (b"images", b"backlog"):
+                txn.drop(tables[name])
+    with Engine(str(source), MountOptions(share=Share.REFERENCE)) as engine:
+        assert engine.index.is_complete()
+        assert engine.index.images.described_by() is None
+        assert engine.index.images.put_back(b"", 100) == b""
+        assert len(engine.index.images.waiting(100)) == engine.index.images.totals().waiting == 2
 
 
 def test_the_tables_of_the_index(source: Path) -> None:
@@ -202,15 +219,15 @@ def test_the_tables_of_the_index(source: Path) -> None:
     inodes = {name: (source / name).stat().st_ino.to_bytes(8, "big") for name in ("one.jpg", "sub/two.jpg", "sub")}
     content = bytes.fromhex(DIGEST) + b"\0\0"
     with (
-        lmdb.open(str(source / ".dedupfs/index"), max_dbs=8, readonly=True) as env,
+        lmdb.open(str(source / ".dedupfs/index"), max_dbs=16, readonly=True) as env,
         env.begin() as txn,
     ):
         tables = {}
-        for name in ("meta", "files", "links", "dirs", "holders", "sharers", "queue"):
+        for name in ("meta", "files", "links", "dirs", "holders", "sharers", "queue", "images", "backlog"):
             with txn.cursor(env.open_db(name.encode(), txn=txn, create=False)) as cursor:
                 tables[name] = list(cursor)
     root = source.stat().st_ino.to_bytes(8, "big")
-    assert dict(tables["meta"])[b"version"] == b"1"
+    assert dict(tables["meta"])[b"version"] == b"2"
     assert dict(tables["meta"])[b"complete"] == b"1"
     assert dict(tables["meta"])[b"count.files"] == (3).to_bytes(8, "big")
     assert (inodes["one.jpg"], root + b"one.jpg") in tables["links"]
@@ -221,6 +238,9 @@ def test_the_tables_of_the_index(source: Path) -> None:
     )
     assert [key for key, _ in tables["sharers"]] == [content, content]
     assert tables["queue"] == []
+    waiting = {key: bytes([1, 1]) + place for place, key in tables["backlog"]}
+    assert dict(tables["images"]) == waiting
+    assert set(waiting) == {key for key, _ in tables["holders"]}
     st = (source / "one.jpg").stat()
     expected = bytes([1, 2]) + b"".join(
         number.to_bytes(8, "big") for number in (st.st_size, st.st_mtime_ns, st.st_ctime_ns)

@@ -42,6 +42,10 @@ STATUS = {
     "share": "reference",
     "passthrough": False,
     "passthrough_reason": "too old",
+    "pictures_described": 1200,
+    "pictures_waiting": 0,
+    "pictures_undescribable": 3,
+    "pictures_reason": "",
 }
 GROUP = {"digest": "ab" * 16, "size_bytes": 2048, "paths": ["a.jpg", os.fsdecode(b"caf\xe9/\x1b[2J\n.jpg")]}
 
@@ -203,6 +207,7 @@ def test_status(shell: Shell, live: FakeMount) -> None:
         "references": "3",
         "blobs": "1",
         "pending": "0",
+        "pictures": "1,200 described, 3 undescribable",
         "sharing by": "reference",
         "passthrough": "no: too old",
     }

@@ -360,7 +360,7 @@ def test_the_index_of_another_store(directory: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("version", [b"0", b"2", b"", b"11"])
+@pytest.mark.parametrize("version", [b"0", b"3", b"", b"11", b"22"])
 def test_another_schema(directory: Path, version: bytes) -> None:
     with Index(str(directory), IDENTITY) as index, index._write() as txn:
         txn.put(b"version", version, db=index._meta)

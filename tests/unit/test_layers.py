@@ -21,13 +21,22 @@ LAYERS = [
     "config",
     "digest",
     "codec",
+    "phash",
+    "likeness",
+    "authority",
     # storage
     "backing",
     "readme",
     "store",
     "blobs",
     "trash",
+    "imagetables",
     "index",
+    "decisions",
+    # workers
+    "sandbox",
+    "describer",
+    "workers",
     # engine
     "openfiles",
     "journal",
@@ -36,6 +45,11 @@ LAYERS = [
     "settle",
     "asking",
     "duplicates",
+    "gallery",
+    "similar",
+    "describing",
+    "pictures",
+    "imaging",
     "orphans",
     "fileio",
     "vfs",
@@ -76,6 +90,7 @@ OWNERS = {
 # Importing inside a function hides a circle, or is needed: (importer, imported) with the reason.
 LATE = {
     ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
+    ("engine", "imaging"),  # loads numpy, which commands without a mount do without
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
     ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before

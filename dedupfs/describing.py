@@ -1,0 +1,372 @@
+"""The backlog of contents to describe, and the thread that works it off.
+
+What waits is in the index, put there with the first file of a content, so nothing is lost whatever happens. The thread
+takes the newest, finds a file or a blob with that content, looks whether it begins like a picture, and hands the open
+descriptor to a worker; records are written in groups, each in one transaction. It holds back while files are settled
+and while apps change things, for a moment each time; whoever asks about a picture has that one described next.
+
+A file that changes while it is described is left waiting: its content is another one then, or it is looked at again.
+"""
+
+import itertools
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+from .backing import Backing
+from .blobs import Blobs
+from .errors import DamagedContent, StoreError, Unavailable
+from .imagetables import Described
+from .index import Index
+from .model import ContentKey, FileState, ImageEntry, ImageState, ImageTotals, Ino, Stamp
+from .settle import Settler
+from .similar import Similar
+from .workers import Refused, Workers
+
+log = logging.getLogger(__name__)
+
+_GROUP = 64  # contents a transaction, or
+_ROUND = 4  # contents a worker, before it is looked again what is next
+_GROUP_S = 1.0  # what comes in this time
+_HELD_BACK_S = 1.0  # at most, before each round of workers
+_LOOK_S = 0.05
+_LATER_S = 30.0  # until what could not be read is tried again
+_REST_S = 30.0  # without work, until the workers go
+_WITHOUT_WORKERS_S = 60.0  # until it is tried again whether they can be had
+_RETRY_S = 5.0  # after the index could not be written
+_PUT_BACK = 500
+_MOST_ENTRIES = 1000  # of a directory that are looked at, and
+_MOST_BESIDE = 64  # files of it a picture is compared with beside those that are near
+
+_HEAD_BYTES = 32
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def looks_like_picture(head: bytes) -> bool:
+    """Whether a file that begins with these bytes claims to be a picture of a format that is known."""
+    return (
+        head.startswith(_MAGIC)
+        or (head.startswith(b"BM") and head[6:10] == bytes(4))
+        or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
+        or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
+    )
+
+
+class Describer:
+    """One for a mount. `start` and `stop` by its owner; `wake` when files were settled; asking from any thread."""
+
+    def __init__(
+        self,
+        backing: Backing,
+        index: Index,
+        blobs: Blobs,
+        settler: Settler,
+        similar: Similar,
+        workers: Workers,
+        *,
+        at_a_time: int,
+    ) -> None:
+        self._backing, self._index, self._blobs = backing, index, blobs
+        self._settler, self._similar, self._workers = settler, similar, workers
+        self._at_a_time = at_a_time
+        self._condition = threading.Condition()
+        self._urgent: dict[ContentKey, None] = {}
+        self._later: dict[ContentKey, float] = {}  # when to try again
+        self._awake = False
+        self._stopping = False
+        self._idle = False
+        self._waiting = self._asking = 0  # how many wait; how many of them for one picture
+        self._thread: threading.Thread | None = None
+        self._complained = ""  # once is enough
+        self.why_not = ""  # why no picture can be described
+        self.described = 0
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="describe", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and the workers, at once: what was not written waits in the index."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        self._workers.close()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wake(self) -> None:
+        """There may be something to describe."""
+        with self._condition:
+            self._awake = True
+            self._idle = False
+            self._condition.notify_all()
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def totals(self) -> ImageTotals:
+        return self._index.images.totals()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing waits to be described, but for what cannot be read now."""
+        with self._patiently():
+            return self._condition.wait_for(lambda: self._idle or self._ended(), timeout_s)
+
+    def wait_loaded(self, timeout_s: float) -> bool:
+        """Wait until what was described before is known to the search."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._similar.is_loaded or self._idle or self._ended(), timeout_s)
+
+    def entry(self, content: ContentKey, timeout_s: float) -> ImageEntry | None:
+        """What is known of a content as a picture, once it is described. None for one that nobody holds any more, or
+        that is not described in time."""
+        deadline = time.monotonic() + timeout_s
+        with self._patiently(), self._asking_for_one():
+            while True:
+                entry = self._index.images.entry(content)
+                if entry is None or entry.state is not ImageState.WAITING:
+                    return entry
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or self._ended() or content in self._later:
+                    return None
+                self._urgent[content] = None
+                self._awake = True
+                self._idle = False
+                self._condition.notify_all()
+                self._condition.wait(left_s)
+
+    def _ended(self) -> bool:
+        return self._stopping or bool(self.why_not) or self._thread is None
+
+    @contextmanager
+    def _patiently(self) -> Iterator[None]:
+        with self._condition:
+            self._waiting += 1
+            self._condition.notify_all()
+            try:
+                yield
+            finally:
+                self._waiting -= 1
+
+    @contextmanager
+    def _asking_for_one(self) -> Iterator[None]:
+        """Inside, with the condition held, what is described is written at once."""
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
+
+    # -- working ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with ThreadPoolExecutor(self._at_a_time, thread_name_prefix="describe") as pool:
+            while not self._stopping:
+                try:
+                    if not self._prepare() or not self._work(pool):
+                        self._rest()
+                except Unavailable as reason:
+                    if self._stopping:
+                        return
+                    self._complain(str(reason))
+                except StoreError as error:
+                    log.error("%s; describing goes on later", error)
+                    self._pause(_RETRY_S)
+                except Exception:
+                    # A bug that one picture meets must not leave all others undescribed.
+                    log.exception("describing failed; it goes on later")
+                    self._pause(_RETRY_S)
+
+    def _complain(self, reason: str) -> None:
+        """No worker can be had. Whoever waits is told, and it is tried again later."""
+        with self._condition:
+            if self._complained != reason:
+                log.warning("pictures are not described: %s", reason)
+            self.why_not = self._complained = reason
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._stopping, _WITHOUT_WORKERS_S)
+            self.why_not = ""
+
+    def _pause(self, seconds: float) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._stopping, seconds)
+
+    def _rest(self) -> None:
+        """Nothing to do, until somebody says otherwise or it is time to try something again."""
+        with self._condition:
+            if not self._awake:
+                self._idle = True
+                self._condition.notify_all()
+                until = min([*self._later.values(), time.monotonic() + _REST_S])
+                self._condition.wait_for(lambda: self._awake or self._stopping, max(until - time.monotonic(), 0.0))
+            rested = not self._awake
+            self._awake = False
+            now = time.monotonic()
+            self._later = {content: when for content, when in self._later.items() if when > now}
+        if rested and not self._later:
+            self._workers.rest()
+
+    def _prepare(self) -> bool:
+        """Load what was described before, and put back what another describing path described. Answers whether there
+        is anything at all to do or to know."""
+        images = self._index.images
+        totals = images.totals()
+        if self._similar.is_loaded:
+            return totals.waiting > 0
+        if totals == ImageTotals() and images.described_by() is not None:
+            return False
+        if totals == ImageTotals() and not self._index.totals().files:
+            return False
+        version = self._workers.version()
+        if images.described_by() != version:
+            position = b""
+            while not self._stopping:
+                with self._settler.writing():
+                    position = images.put_back(position, _PUT_BACK)
+                if not position:
+                    with self._settler.writing():
+                        images.set_described_by(version)
+                    break
+        self._similar.load(version)
+        with self._condition:
+            self._condition.notify_all()
+        return True
+
+    def _work(self, pool: ThreadPoolExecutor) -> bool:
+        """Describe one group. False when nothing waits but what is to wait."""
+        done: dict[ContentKey, Described] = {}
+        deadline = time.monotonic() + _GROUP_S
+        took = False
+        while len(done) < _GROUP and not self._stopping and (not done or time.monotonic() < deadline):
+            chosen = self._choose(done)
+            if not chosen:
+                break
+            took = True
+            for content, described in zip(chosen, pool.map(self._describe, chosen), strict=True):
+                self._hold_back()
+                if described is None:
+                    with self._condition:
+                        self._later[content] = time.monotonic() + _LATER_S
+                        self._condition.notify_all()
+                else:
+                    done[content] = self._compared(content, described)
+            if self._asking and done:
+                break
+        if done:
+            self._write(done)
+        return took
+
+    def _choose(self, done: dict[ContentKey, Described]) -> list[ContentKey]:
+        with self._condition:
+            urgent, later = list(self._urgent), set(self._later)
+            self._urgent.clear()
+        skipped = later.union(done)
+        most = _ROUND * self._at_a_time  # some are described while others are compared
+        waiting = self._index.images.waiting(most + len(skipped))
+        chosen = dict.fromkeys(content for content in (*urgent, *waiting) if content not in skipped)
+        first = list(chosen)[: len(urgent) or most]
+        return [content for content in first if self._waits(content)]
+
+    def _waits(self, content: ContentKey) -> bool:
+        entry = self._index.images.entry(content)
+        return entry is not None and entry.state is ImageState.WAITING
+
+    def _hold_back(self) -> None:
+        """Files come first: return when none is being settled, when somebody asks, or after a moment anyway."""
+        until = time.monotonic() + _HELD_BACK_S
+        with self._condition:
+            while not (self._stopping or self._waiting) and self._settler.is_busy() and time.monotonic() < until:
+                self._condition.wait(_LOOK_S)
+
+    def _compared(self, content: ContentKey, described: Described) -> Described:
+        record, thumbnails = described.entry.record, described.thumbnails
+        if record is None or thumbnails is None:
+            return described
+        alike = self._similar.introduce(content, record, thumbnails, self._beside(content))
+        return Described(described.entry, thumbnails, alike)
+
+    def _beside(self, content: ContentKey) -> list[ContentKey]:
+        """What else is in the directory of a content's first file, the nearest in time first."""
+        for ino in itertools.islice(self._index.iter_holders(content), 1):
+            for path in self._index.paths(ino, self._backing.root_ino)[:1]:
+                try:
+                    found = self._contents_of(os.path.dirname(path), self._backing.lstat(path).st_mtime_ns)
+                except OSError:
+                    break  # moved meanwhile
+                return [other for other in found if other != content]
+        return []
+
+    def _contents_of(self, directory: bytes, time_ns: int) -> list[ContentKey]:
+        files: list[tuple[int, Ino]] = []
+        with closing(self._backing.scandir(directory)) as entries:
+            for entry in itertools.islice(entries, _MOST_ENTRIES):
+                st = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(st.st_mode):
+                    files.append((abs(st.st_mtime_ns - time_ns), Ino(st.st_ino)))
+        records = (self._index.file(ino) for _, ino in sorted(files)[:_MOST_BESIDE])
+        return list(dict.fromkeys(record.content for record in records if record is not None))
+
+    def _write(self, done: dict[ContentKey, Described]) -> None:
+        with self._settler.writing() as batch:
+            for content, described in done.items():
+                batch.put_image(content, described)
+        self._similar.written()
+        with self._condition:
+            self.described += len(done)
+            self._condition.notify_all()
+
+    def _describe(self, content: ContentKey) -> Described | None:
+        """None when no file with this content can be read as it was settled. In a thread of the pool."""
+        with closing(self._sources(content)) as sources:
+            for fd, stamp in sources:
+                try:
+                    described = self._describe_open(fd)
+                except OSError as error:
+                    log.info("content %s cannot be read: %s", content.name, error)
+                    continue
+                if Stamp.of(os.fstat(fd)) == stamp:
+                    return described
+        return None
+
+    def _describe_open(self, fd: int) -> Described:
+        if not looks_like_picture(os.pread(fd, _HEAD_BYTES, 0)):
+            return Described(ImageEntry(ImageState.NO_PICTURE))
+        try:
+            record, thumbnails = self._workers.describe(fd)
+        except Refused as reason:
+            return Described(ImageEntry(ImageState.UNDESCRIBABLE, reason=str(reason)))
+        return Described(ImageEntry(ImageState.DESCRIBED, record=record), thumbnails)
+
+    def _sources(self, content: ContentKey) -> Generator[tuple[int, Stamp], None, None]:
+        """Descriptors of what has this content, and what each looks like while that is true; closed when the next one
+        is asked for."""
+        for ino in self._index.iter_holders(content):
+            record = self._index.file(ino)
+            if record is None or record.content != content:
+                continue
+            paths = [] if record.state is FileState.REFERENCE else self._index.paths(ino, self._backing.root_ino)
+            try:
+                if record.state is FileState.REFERENCE and self._blobs.usable(content):
+                    fd = self._blobs.open(content, record.stamp.size_bytes)
+                    try:
+                        yield fd, Stamp.of(os.fstat(fd))
+                    finally:
+                        os.close(fd)
+                for path in paths:
+                    fd = self._backing.open_quietly(path)
+                    try:
+                        st = os.fstat(fd)
+                        if st.st_ino == ino and Stamp.of(st) == record.stamp:
+                            yield fd, record.stamp
+                    finally:
+                        os.close(fd)
+            except (OSError, DamagedContent):
+                continue  # moved, changed, or damaged: the next one may do

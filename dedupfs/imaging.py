@@ -1,0 +1,60 @@
+"""All that a mount has for pictures, built once for one engine: workers, search, decisions, the thread that describes.
+
+Loaded by a mount only: numpy takes its time, and a command without a mount describes nothing.
+"""
+
+import os
+
+from .asking import AsCaller
+from .backing import Backing
+from .blobs import Blobs
+from .decisions import Decisions
+from .describing import Describer
+from .duplicates import Answers
+from .index import Index
+from .model import Caller, Progress
+from .pictures import XATTRS, Pictures
+from .settle import Settler
+from .similar import Similar
+from .workers import Workers
+
+# Pictures described at the same time: half of the processors are left to apps whatever their priority.
+_AT_A_TIME = max(1, min(4, (os.cpu_count() or 1) // 2))
+
+_WAIT_S = 0.5
+
+
+class Imaging:
+    def __init__(
+        self, backing: Backing, index: Index, blobs: Blobs, settler: Settler, answers: Answers, as_caller: AsCaller
+    ) -> None:
+        self._workers, self._similar = Workers(_AT_A_TIME + 1), Similar(index.images)  # one for who asks
+        self.describer = Describer(backing, index, blobs, settler, self._similar, self._workers, at_a_time=_AT_A_TIME)
+        self.pictures = Pictures(
+            backing,
+            index,
+            answers,
+            as_caller,
+            self.describer,
+            self._similar,
+            self._workers,
+            Decisions(backing),
+        )
+        settler.on_settled = self.describer.wake
+
+    def answers(self, name: bytes) -> bool:
+        """Whether `user.dedupfs.<name>` is about pictures."""
+        return name in XATTRS
+
+    def xattr(self, path: bytes, name: bytes, caller: Caller) -> bytes:
+        return self.pictures.xattr(path, name, caller)
+
+    def settle(self, progress: Progress) -> None:
+        """Wait until every picture that can be read is described."""
+        before = self.describer.described
+        while not self.describer.wait_idle(_WAIT_S):
+            done = self.describer.described - before
+            progress("describing", done, done + self.describer.totals().waiting)
+
+    def stop(self) -> None:
+        self.describer.stop()

@@ -1,0 +1,368 @@
+"""What scripts and people may ask about pictures: xattrs of a file, and answers for the command line. Report only.
+
+An answer is about contents; a path is named only after `duplicates` has checked that it leads there, and to whoever
+asks through the mount only if they could have found and read it. A question about a picture that is not described yet
+waits until it is.
+
+A group has a centre, its authoritative version, and holds what was found alike with that very one: who resembles a
+member and not the centre is in another group.
+"""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable
+
+from .asking import AsCaller
+from .authority import Candidate, Verdict, judge, rank
+from .backing import Backing
+from .decisions import NOT_SIMILAR, NOTE, PIN, UNPIN, Decisions
+from .describing import Describer, looks_like_picture
+from .digest import hash_descriptor
+from .duplicates import LONGEST_ANSWER_BYTES, Answers
+from .errors import SourceError, Unavailable, UsageError
+from .index import Index
+from .likeness import Likeness
+from .model import Alike, Caller, ContentKey, ImageEntry, ImageRecord, ImageState, Relation
+from .similar import Found, Similar
+from .workers import Refused, Workers
+
+_PATIENCE_S = 60.0
+_HEAD_BYTES = 32
+_FEW = 256
+
+# In which two versions of a photograph differ visibly.
+_CONFLICTING = (Relation.TONE, Relation.ANNOTATED, Relation.CROPPED)
+
+XATTRS = (b"phash", b"image", b"similar", b"authoritative")
+
+
+class Pictures:
+    """One for a mount. Any thread."""
+
+    def __init__(
+        self,
+        backing: Backing,
+        index: Index,
+        answers: Answers,
+        as_caller: AsCaller,
+        describer: Describer,
+        similar: Similar,
+        workers: Workers,
+        decisions: Decisions,
+    ) -> None:
+        self._backing, self._index, self._answers, self._as_caller = backing, index, answers, as_caller
+        self._describer, self._similar, self._workers, self._decisions = describer, similar, workers, decisions
+
+    # -- xattrs -------------------------------------------------------------------------------------------------------
+
+    def xattr(self, path: bytes, name: bytes, caller: Caller) -> bytes:
+        """The value of `user.dedupfs.<name>`, one of XATTRS. Raises ENODATA where there is no answer."""
+        content = self._content(path)
+        entry = self._entry(content)
+        if name == b"image" and entry.state is ImageState.UNDESCRIBABLE:
+            return json.dumps({"undescribable": entry.reason}).encode()
+        if entry.record is None:
+            raise _no_answer()
+        if name == b"image":
+            return json.dumps(_as_seen(entry.record)).encode()
+        if name == b"phash":
+            return entry.record.phash.hex().encode()
+        self._wait_for_others()
+        if name == b"similar":
+            return self._similar_xattr(path, content, caller)
+        verdict, _ = self._verdict(content)
+        paths = self._oldest_first(verdict.chosen)
+        readable = self._as_caller.readable(paths, caller)
+        if not readable:
+            raise _no_answer()
+        return readable[0]
+
+    def _similar_xattr(self, path: bytes, content: ContentKey, caller: Caller) -> bytes:
+        identical = sorted(found for found in self._answers.paths(content) if found != path)
+        answer = bytearray()
+        groups: list[tuple[Relation, int, list[bytes]]] = [(Relation.IDENTICAL, 0, identical)]
+        # Without the evidence, which would have to be found again: relation and distance are in the index.
+        alikes = sorted(self._alike(content), key=_nearest_first)
+        groups += [(alike.relation, alike.distance, sorted(self._answers.paths(alike.content))) for alike in alikes]
+        for relation, distance, paths in groups:
+            for found in self._as_caller.readable(paths, caller):
+                line = b"%s %d %s\0" % (relation.encode(), distance, found)
+                if len(answer) + len(line) > LONGEST_ANSWER_BYTES:
+                    return bytes(answer)
+                answer += line
+        return bytes(answer)
+
+    # -- one picture --------------------------------------------------------------------------------------------------
+
+    def similar(self, path: bytes) -> dict[str, object]:
+        """Raises OSError (ENODATA) for what is no described picture."""
+        content = self._content(path)
+        record = self._record(content)
+        self._wait_for_others()
+        identical = sorted(found for found in self._answers.paths(content) if found != path)
+        found = [_as_json(other, Likeness(Relation.IDENTICAL, 0)) for other in identical]
+        found += self._listed(each for each in self._similar.of(content) if self._counts(content, each.content))
+        return {"path": os.fsdecode(path), "image": _as_seen(record), "similar": found}
+
+    def find(self, file: str) -> dict[str, object]:
+        """Where the picture in a file from outside is in the archive, and in which forms. Raises OSError for one that
+        cannot be read, SourceError for one that cannot be described, Unavailable."""
+        self._describer.wait_loaded(_PATIENCE_S)
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise SourceError(f"{file} is not a file")
+            digest = hash_descriptor(fd)
+            identical = [ContentKey(digest, number) for number in self._index.numbers(digest)]
+            if not looks_like_picture(os.pread(fd, _HEAD_BYTES, 0)):
+                raise SourceError(f"{file} is no picture of a known format")
+            record, thumbnails = self._workers.describe(fd)
+        except Refused as reason:
+            raise SourceError(f"{file} cannot be described: {reason}") from None
+        finally:
+            os.close(fd)
+        found = [
+            _as_json(path, Likeness(Relation.IDENTICAL, 0))
+            for content in identical
+            for path in sorted(self._answers.paths(content))
+        ]
+        found += self._listed(each for each in self._similar.find(record, thumbnails) if each.content not in identical)
+        return {"path": file, "image": _as_seen(record), "similar": found}
+
+    def _listed(self, found: Iterable[Found]) -> list[dict[str, object]]:
+        return [
+            _as_json(path, likeness) for content, likeness in found for path in sorted(self._answers.paths(content))
+        ]
+
+    # -- groups -------------------------------------------------------------------------------------------------------
+
+    def groups(self, relations: list[str], progress: Callable[[int], None]) -> list[dict[str, object]]:
+        """Pictures that are versions of one photograph, by these relations (all but sequence and template, if none is
+        named)."""
+        try:
+            wanted = {Relation(name) for name in relations}
+        except ValueError:
+            raise UsageError(f"known relations are {', '.join(Relation)}") from None
+        wanted = wanted or {relation for relation in Relation if relation.is_same_picture}
+        neighbours = {
+            content: [each for each in alikes if each.relation in wanted and self._counts(content, each.content)]
+            for content, alikes in self._similar.neighbours()
+        }
+        candidates = {
+            content: candidate
+            for content, alikes in neighbours.items()
+            if alikes and (candidate := self._candidate(content)) is not None
+        }
+        found: list[dict[str, object]] = []
+        placed: set[ContentKey] = set()
+        for content in self._best_first(candidates):
+            if content in placed:
+                continue
+            members = [each for each in sorted(neighbours[content], key=_nearest_first) if each.content in candidates]
+            members = [each for each in members if each.content not in placed]
+            if not members:
+                continue
+            placed.update([content, *(each.content for each in members)])
+            found.append(self._group(content, members))
+            progress(len(found))
+        return found
+
+    @staticmethod
+    def _best_first(candidates: dict[ContentKey, Candidate]) -> list[ContentKey]:
+        return [candidate.content for candidate in sorted(candidates.values(), key=rank)]
+
+    def _group(self, centre: ContentKey, members: list[Alike]) -> dict[str, object]:
+        return {
+            "authoritative": [os.fsdecode(path) for path in self._oldest_first(centre)],
+            "members": [
+                {
+                    "relation": str(each.relation),
+                    "distance": each.distance,
+                    "paths": [os.fsdecode(path) for path in sorted(self._answers.paths(each.content))],
+                }
+                for each in members
+            ],
+        }
+
+    # -- the authoritative version ------------------------------------------------------------------------------------
+
+    def authoritative(self, path: bytes) -> dict[str, object]:
+        content = self._content(path)
+        self._record(content)
+        self._wait_for_others()
+        verdict, candidates = self._verdict(content)
+        chosen = self._oldest_first(verdict.chosen)
+        relations = {alike.content: alike.relation for alike in self._alike(content)}
+        others = [
+            {
+                "paths": [os.fsdecode(found) for found in sorted(self._answers.paths(each.content))],
+                "relation": "itself" if each.content == content else str(relations[each.content]),
+                "lost_by": verdict.lost_by[each.content].criterion,
+                "value": verdict.lost_by[each.content].value,
+            }
+            for each in candidates
+            if each.content != verdict.chosen
+        ]
+        return {
+            "path": os.fsdecode(path),
+            "authoritative": os.fsdecode(chosen[0]) if chosen else None,
+            "copies": [os.fsdecode(found) for found in chosen],
+            "pinned": self._decisions.is_pinned(verdict.chosen),
+            "why": [{"criterion": reason.criterion, "value": reason.value} for reason in verdict.reasons],
+            "others": others,
+            "notes": [
+                entry["text"]
+                for entry in self._decisions.history(each.content for each in candidates)
+                if entry["action"] == NOTE
+            ],
+        }
+
+    def decide(self, path: bytes, action: str, *, who: str, text: str) -> dict[str, object]:
+        """Pin, unpin or note. One version of a photograph is pinned: the one before is unpinned."""
+        content = self._content(path)
+        self._record(content)
+        if action == PIN:
+            for alike in self._alike(content):
+                if alike.relation.is_same_picture and self._decisions.is_pinned(alike.content):
+                    paths = self._answers.paths(alike.content)
+                    self._decisions.record(UNPIN, [alike.content], paths=paths, who=who)
+        elif action == UNPIN and not self._decisions.is_pinned(content):
+            raise UsageError(f"{os.fsdecode(path)} is not pinned")
+        self._decisions.record(action, [content], paths=[path], who=who, text=text)
+        return self.authoritative(path)
+
+    def history(self, path: bytes) -> list[dict[str, object]]:
+        content = self._content(path)
+        self._record(content)
+        self._wait_for_others()
+        contents = [content, *(alike.content for alike in self._index.images.alike(content))]
+        return self._decisions.history(contents)
+
+    def not_similar(self, one: bytes, other: bytes, *, who: str) -> dict[str, object]:
+        contents = self._content(one), self._content(other)
+        if contents[0] == contents[1]:
+            raise UsageError("these two have the same bytes")
+        self._decisions.record(NOT_SIMILAR, contents, paths=[one, other], who=who)
+        return {"not_similar": [os.fsdecode(one), os.fsdecode(other)]}
+
+    def _verdict(self, content: ContentKey) -> tuple[Verdict, list[Candidate]]:
+        contents = [content, *(each.content for each in self._alike(content) if each.relation.is_same_picture)]
+        found = [self._candidate(each) for each in contents]
+        candidates = [candidate for candidate in found if candidate is not None]
+        if not candidates:
+            raise _no_answer()
+        return judge(candidates), candidates
+
+    def _candidate(self, content: ContentKey) -> Candidate | None:
+        entry = self._index.images.entry(content)
+        times = self._times(content)
+        if entry is None or entry.record is None or not times:
+            return None
+        return Candidate(content, entry.record, times[0][0], self._decisions.is_pinned(content))
+
+    def _times(self, content: ContentKey) -> list[tuple[int, bytes]]:
+        """Every path of a content with its modification time, the earliest first."""
+        found = []
+        for path in self._answers.paths(content):
+            try:
+                found.append((self._backing.lstat(path).st_mtime_ns, path))
+            except OSError:
+                continue
+        return sorted(found)
+
+    def _oldest_first(self, content: ContentKey) -> list[bytes]:
+        return [path for _, path in self._times(content)]
+
+    # -- conflicts ----------------------------------------------------------------------------------------------------
+
+    def conflicts(self) -> list[dict[str, object]]:
+        """Pairs that claim to be one photograph, by capture time and camera or by name, and differ visibly."""
+        found: list[dict[str, object]] = []
+        for content, alikes in self._similar.neighbours():
+            for alike in alikes:
+                if alike.content <= content or alike.relation not in _CONFLICTING:
+                    continue
+                if not self._counts(content, alike.content):
+                    continue
+                claim = self._common_claim(content, alike.content)
+                if claim:
+                    found.append(
+                        {
+                            "paths": [
+                                [os.fsdecode(path) for path in sorted(self._answers.paths(each))]
+                                for each in (content, alike.content)
+                            ],
+                            "relation": str(alike.relation),
+                            "distance": alike.distance,
+                            "claim": claim,
+                        }
+                    )
+        return found
+
+    def _common_claim(self, one: ContentKey, other: ContentKey) -> str:
+        records = [entry.record for each in (one, other) if (entry := self._index.images.entry(each)) is not None]
+        if len(records) == 2 and records[0] is not None and records[1] is not None:
+            first, second = records[0], records[1]
+            if first.taken and (first.taken, first.camera) == (second.taken, second.camera):
+                return f"taken {first.taken}" + (f" by {first.camera}" if first.camera else "")
+        names = [{os.path.basename(path).lower() for path in self._answers.paths(each)} for each in (one, other)]
+        common = sorted(names[0] & names[1])
+        return f"called {os.fsdecode(common[0])}" if common else ""
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _content(self, path: bytes) -> ContentKey:
+        return self._answers.settled(path)[1].content
+
+    def _entry(self, content: ContentKey) -> ImageEntry:
+        """Raises ENODATA when it is not known in time."""
+        entry = self._describer.entry(content, _PATIENCE_S)
+        if entry is None:
+            raise _no_answer()
+        return entry
+
+    def _wait_for_others(self) -> None:
+        """Who asks what is like a picture means those written before it as well; but nobody waits for an archive."""
+        if self._describer.totals().waiting <= _FEW:
+            self._describer.wait_idle(_PATIENCE_S)
+
+    def _record(self, content: ContentKey) -> ImageRecord:
+        """Raises SourceError for what is no picture that could be described, Unavailable where none can be."""
+        if self._describer.why_not:
+            raise Unavailable(f"pictures are not described: {self._describer.why_not}")
+        entry = self._entry(content)
+        if entry.state is ImageState.UNDESCRIBABLE:
+            raise SourceError(f"the picture cannot be described: {entry.reason}")
+        if entry.record is None:
+            raise SourceError("that is no picture of a known format")
+        return entry.record
+
+    def _alike(self, content: ContentKey) -> list[Alike]:
+        return [alike for alike in self._index.images.alike(content) if self._counts(content, alike.content)]
+
+    def _counts(self, one: ContentKey, other: ContentKey) -> bool:
+        return not self._decisions.are_apart(one, other)
+
+
+def _no_answer() -> OSError:
+    return OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+
+def _nearest_first(alike: Alike) -> tuple[bool, int, int, ContentKey]:
+    return not alike.relation.is_same_picture, alike.distance, list(Relation).index(alike.relation), alike.content
+
+
+def _as_seen(record: ImageRecord) -> dict[str, object]:
+    taken = record.taken + record.zone if record.taken else None
+    return {"format": record.format, "width": record.width, "height": record.height, "taken": taken}
+
+
+def _as_json(path: bytes, likeness: Likeness) -> dict[str, object]:
+    return {
+        "path": os.fsdecode(path),
+        "relation": str(likeness.relation),
+        "distance": likeness.distance,
+        "evidence": likeness.evidence,
+    }

@@ -1,0 +1,133 @@
+"""Which described pictures resemble which: proposed by the gallery, decided on thumbnails, kept in the index.
+
+A picture is compared once, when it is described, with all that were described before; what comes of it is written with
+its record, for both sides. Report only: nothing here changes what is stored of a file.
+
+`Similar` has one writer, the thread that describes; asking is for any thread.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .gallery import Gallery
+from .imagetables import ImageTables
+from .likeness import Likeness, compare, compare_cuts, is_another_release
+from .model import Alike, ContentKey, ImageRecord, Relation, Thumbnails
+
+# Of the pictures that are near, so many are looked at, and so many of those laid over the new one.
+_MOST_NEAR = 256
+_MOST_COMPARED = 64
+# A burst has thousands of frames, a form thousands of sheets: each knows these nearest ones.
+_MOST_APART = 16
+_LOADED_AT_ONCE = 1000
+
+
+class Found(NamedTuple):
+    """A picture of the archive, and how it is related to the one that was asked about."""
+
+    content: ContentKey
+    likeness: Likeness
+
+
+class Similar:
+    def __init__(self, images: ImageTables) -> None:
+        self._images = images
+        self.gallery = Gallery()
+        # Described, and not in the index yet: the group that is being written.
+        self._fresh: dict[ContentKey, tuple[ImageRecord, Thumbnails]] = {}
+        self._loaded: int | None = None
+
+    def load(self, version: int) -> None:
+        """Take all pictures of this describing path from the index."""
+        self.gallery.clear()
+        pictures = self._images.all_pictures()
+        while some := list(itertools.islice(pictures, _LOADED_AT_ONCE)):
+            self.gallery.add([(content, _hashes(record)) for content, record in some if record.version == version])
+        self._loaded = version
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._loaded is not None
+
+    def introduce(
+        self, content: ContentKey, record: ImageRecord, thumbnails: Thumbnails, beside: list[ContentKey]
+    ) -> list[Alike]:
+        """A picture was described: compare it with all others. From now on others are compared with it.
+
+        `beside`: contents that have something else in common with it, among which cuts are looked for.
+        """
+        found = self.find(record, thumbnails)
+        known = {content, *(other for other, _ in found)}
+        for other in beside:
+            theirs = None if other in known else self._picture(other)
+            if theirs is not None and theirs[0].version == record.version:
+                known.add(other)
+                likeness = compare_cuts(record, thumbnails, *theirs)
+                found += [Found(other, likeness)] if likeness is not None else []
+        self._fresh[content] = (record, thumbnails)
+        self.gallery.add([(content, _hashes(record))])
+        return [Alike(other, likeness.relation, likeness.distance) for other, likeness in found if other != content]
+
+    def written(self) -> None:
+        """Those introduced are in the index."""
+        self._fresh.clear()
+
+    def find(self, record: ImageRecord, thumbnails: Thumbnails) -> list[Found]:
+        """What the archive has of a picture, or resembles it; the nearest first."""
+        found: dict[ContentKey, Likeness] = {}
+        compared = apart = 0
+        for _, content in self.gallery.near(record, thumbnails, _MOST_NEAR):
+            if content in found or compared >= _MOST_COMPARED:
+                continue
+            other = self._picture(content)
+            if other is None or other[0].version != record.version:
+                continue  # nobody holds it any more
+            is_apart = is_another_release(record, other[0]) or (record.is_document and other[0].is_document)
+            if is_apart and apart >= _MOST_APART and not _same_bytes_inside(record, other[0]):
+                continue
+            compared += 1
+            likeness = compare(record, thumbnails, *other)
+            if likeness is not None:
+                found[content] = likeness
+                apart += not likeness.relation.is_same_picture
+        return sorted((Found(*item) for item in found.items()), key=_nearest_first)
+
+    def _picture(self, content: ContentKey) -> tuple[ImageRecord, Thumbnails] | None:
+        return self._fresh.get(content) or self._images.picture(content)
+
+    def of(self, content: ContentKey) -> list[Found]:
+        """What resembles a described picture, with the evidence, the nearest first."""
+        ours = self._images.picture(content)
+        found = []
+        for alike in self._images.alike(content) if ours is not None else []:
+            theirs = self._images.picture(alike.content)
+            if ours is None or theirs is None:
+                continue
+            likeness = compare(*ours, *theirs)
+            if likeness is None and alike.relation is Relation.CROPPED:
+                likeness = compare_cuts(*ours, *theirs)
+            if likeness is None or likeness.relation is not alike.relation:
+                # Laying the one over the other is not quite the same as the other over the one: what was found when
+                # they met stands.
+                evidence = {} if likeness is None else likeness.evidence
+                likeness = Likeness(alike.relation, alike.distance, evidence)
+            found.append(Found(alike.content, likeness))
+        return sorted(found, key=_nearest_first)
+
+    def neighbours(self) -> Iterator[tuple[ContentKey, list[Alike]]]:
+        """Every picture that resembles others, and these."""
+        return self._images.all_alike()
+
+
+def _nearest_first(found: Found) -> tuple[bool, int, int, ContentKey]:
+    relation = found.likeness.relation
+    return not relation.is_same_picture, found.likeness.distance, list(Relation).index(relation), found.content
+
+
+def _same_bytes_inside(record: ImageRecord, other: ImageRecord) -> bool:
+    return bool((record.scan and record.scan == other.scan) or (record.pixels and record.pixels == other.pixels))
+
+
+def _hashes(record: ImageRecord) -> list[bytes]:
+    return [record.phash, *([record.trimmed_phash] if record.trimmed_phash else [])]

@@ -1,0 +1,258 @@
+"""The processes that describe pictures: started, handed one descriptor at a time, replaced.
+
+The daemon never looks into a picture; it hands an open descriptor to a worker that is shut in (`sandbox`) and takes a
+record, or a reason, for what comes back. A worker that dies, does not answer in time, grows, or has described its share
+is ended and another one started. What it answers is checked like any record that somebody else wrote.
+
+`Workers.describe` is for any thread; as many run at a time as there are workers, others wait their turn.
+"""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+from . import codec
+from .errors import StoreError, Unavailable
+from .model import ImageRecord, Thumbnails
+
+# The worker's side of these is in `describer`, which the daemon must not import: it imports the decoders.
+_DESCRIBED = b"\1"
+_MODULE = "dedupfs.describer"
+
+_LONGEST_ANSWER_BYTES = 32 << 10
+_START_S = 60.0
+_PICTURE_S = 90.0  # by the clock, at the lowest priority; the worker itself has less of the processor's time
+_END_S = 5.0
+_SHARE = 500  # pictures, then another process takes over
+_MOST_RESIDENT_BYTES = 512 << 20  # between two pictures
+_MOST_STARTS = 3
+
+# Threads of numeric libraries would only reserve address space, and must not exist when the sandbox closes.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class Refused(Exception):
+    """A picture cannot be described; `str()` is the reason, fit to be kept."""
+
+
+class Workers:
+    def __init__(self, count: int, *, picture_s: float = _PICTURE_S, share: int = _SHARE) -> None:
+        """`count` at a time; none is started before there is something to do."""
+        self._picture_s, self._share = picture_s, share
+        self._slots = threading.Semaphore(count)
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
+        self._closed = False
+        self._version: int | None = None
+        self.started = 0
+
+    def version(self) -> int:
+        """Of the describing path. Raises Unavailable when no worker can be had."""
+        if self._version is None:
+            with self._slots:
+                self._put_back(self._take())
+        assert self._version is not None
+        return self._version
+
+    def describe(self, fd: int) -> tuple[ImageRecord, Thumbnails]:
+        """Describe what is behind a descriptor, which stays the caller's.
+
+        Raises Refused with the reason when that cannot be done, Unavailable when no worker can be had (nothing is
+        known of the picture then).
+        """
+        with self._slots:
+            try:
+                return self._describe(fd)
+            except _Silent:
+                pass  # perhaps ended by somebody else, for want of memory, say: another one decides
+            try:
+                return self._describe(fd)
+            except _Silent as silence:
+                raise Refused(str(silence)) from None
+
+    def _describe(self, fd: int) -> tuple[ImageRecord, Thumbnails]:
+        worker = self._take()
+        try:
+            answer = worker.ask(fd, self._picture_s)
+            if answer[:1] != _DESCRIBED:
+                raise Refused(answer[1:].decode(errors="replace") or "refused without a reason")
+            description = codec.decode_description(answer[1:])
+            if description[0].version != self._version:
+                raise StoreError("of another version")
+        except Refused:
+            self._put_back(worker)
+            raise
+        except StoreError as error:
+            self._discard(worker)  # it is not what we started any more
+            raise Refused(f"its description is not one: {error}") from None
+        except BaseException:
+            self._discard(worker)
+            if self._closed:
+                raise Unavailable("the mount is going down") from None
+            raise
+        self._put_back(worker)
+        return description
+
+    def rest(self) -> None:
+        """End those that have nothing to do; others are started when there is something again."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.end()
+
+    def close(self) -> None:
+        """End all of them at once; whoever waits for a picture is told Unavailable."""
+        with self._lock:
+            self._closed = True
+            idle, busy = list(self._idle), list(self._busy)
+            self._idle.clear()
+        for worker in idle:
+            worker.end()
+        for worker in busy:
+            worker.kill()
+
+    def _take(self) -> "_Worker":
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the mount is going down")
+            worker = self._idle.pop() if self._idle else None
+            if worker is not None:
+                self._busy.add(worker)
+                return worker
+        for _ in range(_MOST_STARTS):
+            try:
+                return self._start()
+            except _Silent as silence:
+                reason = str(silence)
+        raise Unavailable(f"a worker for pictures does not start: {reason}")
+
+    def _start(self) -> "_Worker":
+        """Raises _Silent when it dies before it is ready, Unavailable when it cannot be shut in."""
+        worker = _Worker()
+        with self._lock:
+            self._busy.add(worker)
+            closed = self._closed
+        if closed:
+            worker.kill()
+        try:
+            self._version = worker.wait_until_ready(_START_S)
+        except BaseException:
+            self._discard(worker)
+            if self._closed:
+                raise Unavailable("the mount is going down") from None
+            raise
+        self.started += 1
+        return worker
+
+    def _put_back(self, worker: "_Worker") -> None:
+        if worker.done >= self._share or worker.resident_bytes() > _MOST_RESIDENT_BYTES:
+            self._discard(worker)
+            return
+        with self._lock:
+            self._busy.discard(worker)
+            if not self._closed:
+                self._idle.append(worker)
+                return
+        worker.end()
+
+    def _discard(self, worker: "_Worker") -> None:
+        worker.end()
+        with self._lock:
+            self._busy.discard(worker)
+
+
+class _Silent(Exception):
+    """A worker did not answer; `str()` says what became of it."""
+
+
+class _Worker:
+    """One process, and our end of its socket."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._kill_lock = threading.Lock()
+        # Each message is one piece, however long: no framing that a worker could confuse us with.
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # -P and our own search path: whatever lies in the working directory is not for it to import and run.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno())],
+                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # decoders complain there, in whatever words the file gives them
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+
+    def wait_until_ready(self, timeout_s: float) -> int:
+        """The version of its describing path. Raises Unavailable when it refuses, _Silent when it says nothing."""
+        greeting = self._receive(timeout_s)
+        if greeting[:1] != _DESCRIBED or len(greeting) != 5:
+            raise Unavailable(greeting[1:].decode(errors="replace"))
+        return int.from_bytes(greeting[1:], "big")
+
+    def ask(self, fd: int, timeout_s: float) -> bytes:
+        """Raises _Silent."""
+        self.done += 1
+        try:
+            socket.send_fds(self._socket, [b"?"], [fd])
+        except OSError:
+            raise _Silent(self._fate()) from None
+        return self._receive(timeout_s)
+
+    def _receive(self, timeout_s: float) -> bytes:
+        try:
+            if not select.select([self._socket], [], [], timeout_s)[0]:
+                raise _Silent(f"took longer than {timeout_s:.0f} s")
+            answer = self._socket.recv(_LONGEST_ANSWER_BYTES + 1)
+        except OSError:
+            raise _Silent(self._fate()) from None
+        if len(answer) > _LONGEST_ANSWER_BYTES:
+            raise _Silent("gave an endless answer")
+        if not answer:
+            raise _Silent(self._fate())
+        return answer
+
+    def _fate(self) -> str:
+        """How it ended, in the words of who asks about a picture."""
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return "ended the conversation"
+        if code == -signal.SIGXCPU:
+            return "needs more processor time than is allowed"
+        if code < 0:
+            with suppress(ValueError):
+                return f"ended the decoder with {signal.Signals(-code).name}"
+        return f"ended the decoder with exit code {code}"
+
+    def resident_bytes(self) -> int:
+        try:
+            with open(f"/proc/{self._process.pid}/statm", "rb") as statm:
+                return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def kill(self) -> None:
+        """End the process, and wait until it has ended. Any thread, any number of times."""
+        with self._kill_lock:
+            self._process.kill()
+            self._process.wait()
+
+    def end(self) -> None:
+        """Also let go of the socket: by whoever has this worker to himself."""
+        self.kill()
+        self._socket.close()

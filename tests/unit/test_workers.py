@@ -1,0 +1,206 @@
+"""Workers are shut in, are replaced whatever happens to them, and never take the daemon with them."""
+
+import io
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dedupfs import phash
+from dedupfs.errors import Unavailable
+from dedupfs.workers import Refused, Workers
+from tests.support import hostile, users
+from tests.support.mounted import REPOSITORY
+from tests.support.photos import photographs
+from tests.support.tools import USER, needs_root
+
+# What a worker tries from inside, each with what may come of it.
+_ATTEMPTS = """
+import ctypes, os, signal, socket, sys
+from dedupfs import sandbox
+outside, daemon = int(sys.argv[1]), int(sys.argv[2])
+sandbox.enter(sandbox.Limits(1 << 30, 100))
+
+def connect(kind, address):
+    with socket.socket(kind, socket.SOCK_DGRAM if kind == socket.AF_INET else socket.SOCK_STREAM) as one:
+        one.connect(address)
+        one.send(b"x")
+
+def memory():
+    bytearray(2 << 30)
+
+def mount():
+    if ctypes.CDLL(None, use_errno=True).mount(b"none", b"/", b"tmpfs", 0, None):
+        raise OSError
+
+def ptrace():
+    if ctypes.CDLL(None).ptrace(16, daemon, 0, 0):
+        raise OSError
+
+attempts = {
+    "read a file": lambda: open("/etc/passwd").read(),
+    "make a file": lambda: open("file", "w"),
+    "list": lambda: os.listdir("/") and None,
+    "list here": lambda: os.listdir("."),
+    "through proc": lambda: open("/proc/self/mem"),
+    "escape by a directory": lambda: os.open("..", os.O_RDONLY, dir_fd=outside),
+    "start": lambda: os.execv("/bin/true", ["true"]),
+    "fork": lambda: os.fork() or os._exit(0),
+    "udp": lambda: connect(socket.AF_INET, ("127.0.0.1", 9)),
+    "become root": lambda: os.setuid(0),
+    "signal": lambda: os.kill(daemon, 0),
+    "chroot": lambda: os.chroot("."),
+    "mount": mount,
+    "ptrace": ptrace,
+    "memory": memory,
+    "priority": lambda: os.nice(-5),
+    "limits": lambda: __import__("resource").setrlimit(__import__("resource").RLIMIT_AS, (-1, -1)),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        print("CAN", name)
+    except (OSError, MemoryError, ValueError):
+        print("cannot", name)
+print("uid", os.getuid(), os.getgroups())
+"""
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    pool = Workers(1)
+    yield pool
+    pool.close()
+
+
+def ask(pool: Workers, data: bytes, directory: Path) -> str:
+    """The format that it is found to be, or why it is not."""
+    path = directory / "file"
+    path.write_bytes(data)
+    with open(path, "rb") as file:
+        try:
+            return pool.describe(file.fileno())[0].format
+        except Refused as reason:
+            return str(reason)
+
+
+def test_what_it_answers_is_the_description(workers: Workers) -> None:
+    for path in photographs(5):
+        with open(path, "rb") as file:
+            found = workers.describe(file.fileno())
+        assert found == phash.describe(io.BytesIO(path.read_bytes()))
+    assert workers.version() == phash.VERSION
+    assert workers.started == 1
+
+
+@pytest.mark.parametrize("user", [pytest.param(None, id="root", marks=needs_root), pytest.param(USER, id="user")])
+def test_what_a_worker_can_do(user: int | None) -> None:
+    if os.geteuid() != 0:
+        user = None
+    python, where = sys.executable, {"PYTHONPATH": str(REPOSITORY)}
+    if user is not None:
+        python, where = str(users.interpreter()), users.environment(REPOSITORY)
+    outside = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        done = subprocess.run(
+            [python, "-c", _ATTEMPTS, str(outside), str(os.getpid())],
+            env={**os.environ, **where},
+            pass_fds=(outside,),
+            capture_output=True,
+            text=True,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+            check=False,
+        )
+    finally:
+        os.close(outside)
+    assert done.returncode == 0, done.stderr
+    can = [line for line in done.stdout.splitlines() if line.startswith("CAN")]
+    # Of a root directory that does not exist any more there is nothing to list.
+    assert set(can) <= {"CAN list", "CAN list here"}, done.stdout
+    assert "uid 65534 []" in done.stdout or user is not None
+
+
+@needs_root
+def test_a_descriptor_is_all_it_has(workers: Workers, tmp_path: Path) -> None:
+    assert ask(workers, hostile.sound("PNG"), tmp_path) == "PNG"
+    (process,) = [worker._process.pid for worker in workers._idle]
+    status = Path(f"/proc/{process}/status").read_text()
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert f"{name}:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status
+    assert "Threads:\t1\n" in status
+    assert os.readlink(f"/proc/{process}/root").endswith(" (deleted)")
+    assert os.stat(f"/proc/{process}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+    open_files = [os.readlink(f"/proc/{process}/fd/{fd}") for fd in os.listdir(f"/proc/{process}/fd")]
+    assert sorted(name.split(":")[0] for name in open_files) == ["/dev/null"] * 3 + ["socket"]
+
+
+def test_one_that_is_killed_is_replaced(workers: Workers, tmp_path: Path) -> None:
+    for _ in range(3):
+        assert ask(workers, hostile.sound("JPEG"), tmp_path) == "JPEG"
+        workers._idle[0]._process.kill()
+    assert ask(workers, hostile.sound("GIF"), tmp_path) == "GIF"
+    assert workers.started == 4
+
+
+def test_one_that_hangs_is_replaced(tmp_path: Path) -> None:
+    pool = Workers(1, picture_s=0.5)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    # Both ends: reading waits for ever, as from a disk that does not answer.
+    fd = os.open(fifo, os.O_RDWR)
+    try:
+        with pytest.raises(Refused, match="took longer than"):
+            pool.describe(fd)
+        pool._picture_s = 60
+        assert ask(pool, hostile.sound("PNG"), tmp_path) == "PNG"
+        assert pool.started == 3
+    finally:
+        os.close(fd)
+        pool.close()
+
+
+def test_it_is_relieved_after_its_share(tmp_path: Path) -> None:
+    pool = Workers(1, share=2)
+    for _ in range(5):
+        assert ask(pool, hostile.sound("PNG"), tmp_path) == "PNG"
+    assert pool.started == 3
+    pool.close()
+
+
+def test_hostile_files_have_a_reason_and_no_effect(workers: Workers, tmp_path: Path) -> None:
+    for name, data in hostile.malformed(60, 7):
+        answer = ask(workers, data, tmp_path)
+        assert answer, name
+        assert answer.isprintable(), name
+    assert ask(workers, hostile.sound("PNG"), tmp_path) == "PNG"
+
+
+def test_closing_ends_all_and_tells_who_waits(tmp_path: Path) -> None:
+    pool = Workers(1)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    fd = os.open(fifo, os.O_RDWR)
+    told: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            pool.describe(fd)
+        except Unavailable as error:
+            told.append(error)
+
+    pool.version()
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    pool.close()
+    waiting.join(30)
+    assert len(told) == 1
+    with pytest.raises(Unavailable):
+        pool.describe(fd)
+    os.close(fd)
