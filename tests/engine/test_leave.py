@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dedupfs.decisions import Decisions
 from dedupfs.errors import Busy
 from dedupfs.leave import Departure, leave
 from dedupfs.model import ContentKey, Digest
@@ -18,6 +19,7 @@ from .bench import BLOCK, Bench, content, silent
 from .test_damage import DATA, _rot_without_a_trace, unprotect
 
 OTHER = content("other", 4 * BLOCK)
+DECIDED = "says what people decided about pictures; move it to where you keep it"
 ODD = b'folder \xff/it\'s "odd" $(x) \n.jpg'.decode(errors="surrogateescape")
 
 
@@ -167,6 +169,17 @@ def test_what_is_not_ours_is_not_removed(shared: Bench) -> None:
     for each in found:
         os.unlink(shared.source / each)
     assert leave_it(shared).refused == []
+
+
+def test_what_people_decided_is_for_them_to_take_away(shared: Bench) -> None:
+    decisions = Decisions(shared.engine.backing)
+    decisions.record("note", [shared.blob_of("one")], paths=[b"one"], who="somebody", text="kept")
+    shared.close()
+    departure = leave_it(shared)
+    assert departure.refused == [{"path": ".dedupfs/decisions.jsonl", "reason": DECIDED}]
+    os.rename(shared.source / ".dedupfs/decisions.jsonl", shared.source / "decisions.jsonl")
+    assert leave_it(shared).refused == []
+    assert "kept" in (shared.source / "decisions.jsonl").read_text()
 
 
 def test_what_was_written_to_from_outside_keeps_the_store(shared: Bench) -> None:
