@@ -205,12 +205,12 @@ class Settler:
     def writing(self) -> Iterator[Batch]:
         """A batch for records of somebody else, written at the end of the block: one at a time writes the index.
 
-        Raises IndexDamaged when it cannot be written any more.
+        Raises IndexDamaged when it cannot be written now; nothing is, then.
         """
         with self._batch_lock:
             batch = self._index.batch()
             yield batch
-            self._commit(batch)
+            batch.commit()
 
     def is_busy(self) -> bool:
         """Whether files wait to be settled, or apps are changing something just now."""
