@@ -16,7 +16,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 
 from .codec import decode_reference, encode_reference
@@ -57,6 +57,9 @@ _BINDING_FILESYSTEMS = frozenset({"ext3", "ext4"})
 # it was renamed into place is complete whenever the rename survived. Elsewhere each reference is fsynced first.
 _ORDERED_FILESYSTEMS = frozenset({"ext3", "ext4", "xfs"})
 
+# Filesystems that have nothing to say at close(2) that they had not said before, unlike those of a network.
+_SILENT_FILESYSTEMS = _ORDERED_FILESYSTEMS | {"btrfs", "f2fs", "tmpfs"}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -89,15 +92,27 @@ def _inode_flags(fd: int) -> int:
     return int.from_bytes(word[:4], sys.byteorder)
 
 
-def filesystem_type(device: int) -> str:
-    """The kernel's name for the filesystem with this device number, "" when it is not in the mount table."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
+def _mounts() -> Iterator[tuple[str, str, str]]:
+    """Of everything mounted: its mount id, its device number, and the kernel's name for the kind of filesystem."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             mount, _, source = line.partition(" - ")
-            if mount.split(" ", 3)[2] == wanted:
-                return source.split(" ", 1)[0]
-    return ""
+            mount_id, _, device, _ = mount.split(" ", 3)
+            yield mount_id, device, source.split(" ", 1)[0]
+
+
+def filesystem_type(device: int) -> str:
+    """The kernel's name for the filesystem with this device number, "" when it is not in the mount table."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    return next((kind for _, found, kind in _mounts() if found == wanted), "")
+
+
+def _filesystem_of(fd: int) -> str:
+    """The same for an open file, by the mount that it was reached through: btrfs answers stat with device numbers of
+    its own, which are not in the table."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+        wanted = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+    return next((kind for mount_id, _, kind in _mounts() if mount_id == wanted), "")
 
 
 def _clock_ns() -> int:
@@ -121,20 +136,21 @@ class Backing:
             raise SourceError(f"{shown} is not a directory; name the directory that holds the archive") from None
         except OSError as error:
             raise SourceError(f"cannot open {shown}: {error.strerror}") from None
+        self.filesystem = _filesystem_of(self.root_fd)
         if noatime:
             with suppress(OSError):
                 self._enter_quiet_mount()
         st = os.fstat(self.root_fd)
         self.device = st.st_dev
         self.root_ino = Ino(st.st_ino)
-        # btrfs answers stat with a device number of its own that the mount table does not show; the name is then "".
-        self.filesystem = filesystem_type(st.st_dev)
         self.orders_metadata = self.filesystem in _ORDERED_FILESYSTEMS
+        self.closes_silently = self.filesystem in _SILENT_FILESYSTEMS
         # Whether nobody can write to an immutable file through a mapping either.
         self.immutable_binds_mappings = self.filesystem in _BINDING_FILESYSTEMS
         self.privileged = os.geteuid() == 0
         self._synced_ns = self._synced_clock_ns = 0
         self.reference_xattr = b"trusted.dedupfs.ref" if self.privileged else b"user.dedupfs.ref"
+        self._root_prefix = self.source.rstrip(b"/") + b"/"  # where the source was when that was last looked at
         self._proc_prefix = b"/proc/self/fd/%d/" % self.root_fd
 
     def _enter_quiet_mount(self) -> None:
@@ -199,11 +215,14 @@ class Backing:
             if error.errno == errno.ENAMETOOLONG:
                 return None  # longer than the kernel can say: a scan finds the file
             raise
-        root = os.readlink(b"/proc/self/fd/%d" % self.root_fd)  # asked each time: it may be renamed as well
-        if path == root:
-            return ROOT
-        prefix = root if root.endswith(b"/") else root + b"/"
-        return path[len(prefix) :] if path.startswith(prefix) else None
+        if not path.startswith(self._root_prefix):
+            root = os.readlink(b"/proc/self/fd/%d" % self.root_fd)  # it may have been renamed as well
+            if path == root:
+                return ROOT
+            self._root_prefix = root if root.endswith(b"/") else root + b"/"
+            if not path.startswith(self._root_prefix):
+                return None
+        return path[len(self._root_prefix) :]
 
     def statvfs(self, path: bytes) -> os.statvfs_result:
         fd = self.open(path, os.O_PATH)
@@ -408,6 +427,12 @@ class Backing:
             offset += done
         return True
 
+    @staticmethod
+    def forget_cached(fd: int) -> None:
+        """Let the kernel drop what it has of the file in memory, so that the next read is the disk's."""
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     # -- durability and guards ----------------------------------------------------------------------------------------
 
     @staticmethod
@@ -433,9 +458,18 @@ class Backing:
     def fsync_directory(self, path: bytes) -> None:
         fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            self.fsync(fd)
+            self.fsync_names(fd)
         finally:
             os.close(fd)
+
+    def fsync_names(self, directory_fd: int) -> None:
+        """Make the names in a directory durable. Raises OSError."""
+        if self.orders_metadata:
+            self.fsync(directory_fd)
+        else:
+            # btrfs would log what it thinks is in question. Beside inodes that settling renames into the directory from
+            # another one, that has not always been all of it.
+            _check(_libc.syncfs(directory_fd))
 
     @staticmethod
     def is_immutable(fd: int) -> bool:

@@ -77,6 +77,15 @@ class Blobs:
             self._backing.unlink(aside)
             self.publish(path, content)
 
+    def quarantine(self, content: ContentKey) -> None:
+        """Move a damaged blob to quarantine/: its references have no content then, until a good copy heals them.
+
+        The caller is inside the exclusive gate.
+        """
+        target = self.path(content)
+        self._unseal(target)
+        self._backing.rename(target, self._name_in_quarantine(content))
+
     def drop_from_quarantine(self, ino: int) -> None:
         """Take back what `supersede` began: the second name of a file that did not become a blob."""
         for entry in self._backing.scandir(QUARANTINE):

@@ -24,6 +24,8 @@ from .model import (
     THUMBNAIL_SIDE,
     Alike,
     ContentKey,
+    Damage,
+    DamageKind,
     Digest,
     FileRecord,
     FileState,
@@ -34,8 +36,10 @@ from .model import (
     Link,
     Reference,
     Relation,
+    ScrubPass,
     Stamp,
     Thumbnails,
+    Verified,
 )
 
 _REFERENCE = struct.Struct(">BBHQ16sqII")
@@ -47,6 +51,11 @@ _FILE_VERSION = 1
 _INO = struct.Struct(">Q")
 _CONTENT = struct.Struct(">16sH")
 _COUNTER = struct.Struct(">q")
+_VERIFIED = struct.Struct(">BIq")
+_PASS = struct.Struct(">BIqq")
+_DAMAGE_KEY = struct.Struct(">16sHBQ")
+_DAMAGE = struct.Struct(">BQqq")
+_SCRUB_VERSION = 1  # of these three
 
 
 def encode_reference(reference: Reference) -> bytes:
@@ -144,6 +153,52 @@ def decode_pending(value: bytes) -> tuple[Ino, bytes]:
     if len(value) <= _INO.size:
         raise StoreError(f"queue record of {len(value)} bytes")
     return Ino(_INO.unpack_from(value)[0]), value[_INO.size :]
+
+
+def encode_verified(verified: Verified) -> bytes:
+    return _VERIFIED.pack(_SCRUB_VERSION, *verified)
+
+
+def decode_verified(value: bytes) -> Verified:
+    _check_scrub_record(value, _VERIFIED.size)
+    _, scrub, time_s = _VERIFIED.unpack(value)
+    return Verified(scrub, time_s)
+
+
+def encode_scrub_pass(scrub: ScrubPass) -> bytes:
+    return _PASS.pack(_SCRUB_VERSION, *scrub)
+
+
+def decode_scrub_pass(value: bytes) -> ScrubPass:
+    _check_scrub_record(value, _PASS.size)
+    _, number, begun_s, finished_s = _PASS.unpack(value)
+    return ScrubPass(number, begun_s, finished_s)
+
+
+def encode_damage(damage: Damage) -> tuple[bytes, bytes]:
+    """Key and value of the table of damages; what is wrong, in words, ends the value."""
+    key = _DAMAGE_KEY.pack(*damage.content, damage.kind, damage.ino)
+    value = _DAMAGE.pack(_SCRUB_VERSION, damage.size_bytes, damage.mtime_ns, damage.found_s)
+    return key, value + damage.problem.encode()
+
+
+def decode_damage(key: bytes, value: bytes) -> Damage:
+    if len(key) != _DAMAGE_KEY.size or len(value) < _DAMAGE.size:
+        raise StoreError(f"damage record of {len(key)} and {len(value)} bytes")
+    _check_scrub_record(value, len(value))
+    digest, collision, kind, ino = _DAMAGE_KEY.unpack(key)
+    _, size_bytes, mtime_ns, found_s = _DAMAGE.unpack_from(value)
+    try:
+        known = DamageKind(kind)
+    except ValueError:
+        raise StoreError(f"damage record of unknown kind {kind}") from None
+    problem = value[_DAMAGE.size :].decode(errors="replace")
+    return Damage(ContentKey(Digest(digest), collision), known, Ino(ino), size_bytes, mtime_ns, found_s, problem)
+
+
+def _check_scrub_record(value: bytes, size_bytes: int) -> None:
+    if len(value) != size_bytes or value[0] != _SCRUB_VERSION:
+        raise StoreError(f"record of a scrub of {len(value)} bytes, version {value[:1].hex()}")
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -1,17 +1,25 @@
 """Settings: what the user chose, as small frozen values. The only reader of option strings, environment and /etc.
 
-`-o` takes the words of mount(8), because that is how fstab and administrators write them, `share=` and
-`passthrough=`.
+`-o` takes the words of mount(8), because that is how fstab and administrators write them, and words of our own with a
+value. A TOML file (`config=FILE`, or that of a systemd instance) has the same names as keys, each optional; what `-o`
+says wins. Every value knows where it came from.
 """
 
 import enum
+import math
 import os
+import re
 import tempfile
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import UsageError
+from .model import SMALLEST_SHARED_BYTES
+from .rules import SharingRules, is_glob
 
 FUSE_CONFIGURATION = "/etc/fuse.conf"
+CONFIGURATIONS = "/etc/dedupfs"
 
 
 class Share(enum.StrEnum):
@@ -41,11 +49,17 @@ class MountOptions:
     noatime: bool = False
     # Let other users in (their rights are checked by the kernel). Always so for root, on request for a user.
     allow_other: bool = False
+    # How fast a scrub reads, in units of 10^6 bytes a second; 0 sets no bound.
+    scrub_rate_mb_s: float = 50
+    # Which files never share; None: those that the last mount was told.
+    rules: SharingRules | None = None
+    # Where metrics are told: the path of a socket, [HOST:]PORT, or "" for nowhere.
+    metrics: str = ""
     # What libfuse is told, one `-o` word each.
     fuse_words: tuple[str, ...] = ()
 
 
-# Words that exclude each other: the last one given wins, as in mount(8).
+# Words that exclude each other: the last one given wins, as in mount(8). The second is what the setting is called.
 _SWITCHES = (
     ("rw", "ro"),
     ("dev", "nodev"),
@@ -54,9 +68,10 @@ _SWITCHES = (
     ("async", "sync"),
     ("atime", "noatime"),
 )
-_SWITCH_OF = {word: pair[0] for pair in _SWITCHES for word in pair}
-# The first word of each pair is what happens anyway, except that libfuse mounts without devices and setuid unless told.
-_PASSED_ON = ("ro", "dev", "suid", "noexec", "sync", "noatime")
+_SWITCH_OF = {word: (pair[1], word == pair[1]) for pair in _SWITCHES for word in pair}
+_FLAGS = ("dirsync", "allow_other")  # have no opposite
+# What libfuse is told as it is; without `dev` and `suid` it mounts without devices and setuid.
+_PASSED_ON = ("ro", "noexec", "sync", "noatime", "dirsync")
 _ROOT_ONLY = ("dev", "suid")
 
 # Accepted, and nothing to do: access times follow the rules of the backing filesystem (libfuse 3.14 refuses these words
@@ -64,8 +79,11 @@ _ROOT_ONLY = ("dev", "suid")
 _NO_EFFECT = ("relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "nodiratime")
 _FOR_OTHERS = ("defaults", "auto", "noauto", "user", "nouser", "users", "nofail", "_netdev")
 
-# The words that take a value.
+# The words that take one of some values, those that take another, and those that may be repeated.
 _CHOICES: dict[str, type[Share] | type[Passthrough]] = {"share": Share, "passthrough": Passthrough}
+_VALUES = {"min_size": "BYTES", "scrub_rate": "MB/s", "metrics": "SOCKET|[HOST:]PORT"}
+_LISTS = {"include": "GLOB", "exclude": "GLOB"}
+_CONFIG = "config"
 
 _KNOWN = [
     *_SWITCH_OF,
@@ -73,7 +91,45 @@ _KNOWN = [
     *_NO_EFFECT,
     "allow_other",
     *(f"{name}={choice}" for name, choices in _CHOICES.items() for choice in choices),
+    *(f"{name}={what}" for name, what in {**_VALUES, **_LISTS, _CONFIG: "FILE"}.items()),
 ]
+
+# Where a file may say what is mounted where; the other keys of a file are the names of settings.
+_PLACES = ("source", "mountpoint")
+
+_DEFAULTS: dict[str, object] = {
+    "share": "auto",
+    "passthrough": "auto",
+    **{pair[1]: False for pair in _SWITCHES},
+    "dirsync": False,
+    "allow_other": False,
+    "min_size": SMALLEST_SHARED_BYTES,
+    "include": (),
+    "exclude": (),
+    "scrub_rate": 50,
+    "metrics": "",
+}
+
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The effective value of one setting, and who gave it: a file and its line, `-o`, or nobody (default)."""
+
+    name: str
+    value: object
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Everything that one mount was told. Places are None where only the command line can know them."""
+
+    options: MountOptions
+    settings: tuple[Setting, ...]
+    source: str | None = None
+    mountpoint: str | None = None
 
 
 def parse_options(text: str, *, privileged: bool) -> MountOptions:
@@ -81,42 +137,198 @@ def parse_options(text: str, *, privileged: bool) -> MountOptions:
 
     `privileged`: whether root mounts, who gets allow_other, devices and setuid as mount(8) gives them.
     """
-    choices: dict[str, str] = {}
-    chosen: dict[str, str] = {}
-    allow_other = privileged
-    dirsync = False
-    for word in filter(None, text.split(",")):
-        name, equals, value = word.partition("=")
-        if name in _CHOICES and equals:
-            if value not in list(_CHOICES[name]):
-                raise UsageError(f"{name}={value} is unknown; use {name}={'|'.join(_CHOICES[name])}")
-            if choices.setdefault(name, value) != value:
-                raise UsageError(f"{name}={choices[name]} and {name}={value} contradict each other; give one")
-        elif word in _SWITCH_OF:
-            if word in _ROOT_ONLY and not privileged:
-                raise UsageError(f"only root can mount with {word}; leave it out")
-            chosen[_SWITCH_OF[word]] = word
-        elif word == "allow_other":
-            allow_other = True
-        elif word == "dirsync":
-            dirsync = True
-        elif word not in _NO_EFFECT and word not in _FOR_OTHERS and not word.startswith("x-"):
-            raise UsageError(f"mount option {word} is unknown; known are {', '.join(_KNOWN)}")
+    return read_configuration(text, privileged=privileged).options
+
+
+def read_configuration(text: str, *, privileged: bool, file: str | None = None) -> Configuration:
+    """What an `-o` string and a configuration file say together: the string wins. Raises UsageError.
+
+    The file is the one given, or the one that `config=` in the string names.
+    """
+    given, named = _read_words(text)
+    if file is not None and named is not None and os.path.realpath(file) != os.path.realpath(named):
+        raise UsageError(f"{file} and config={named} contradict each other; give one")
+    file = file or named
+    found = {name: Setting(name, value, "default") for name, value in _DEFAULTS.items()}
+    places: dict[str, str] = {}
+    if file is not None:
+        for setting in _read_file(file):
+            if setting.name in _PLACES:
+                places[setting.name] = str(setting.value)
+            else:
+                found[setting.name] = setting
+    found |= {name: Setting(name, value, "-o") for name, value in given.items()}
     if privileged:
+        if found["allow_other"].origin != "default" and not found["allow_other"].value:
+            raise UsageError(
+                f"{found['allow_other'].origin}: root's mounts always let others in; leave allow_other out"
+            )
+        found["allow_other"] = Setting("allow_other", True, "root")
+    else:
         for word in _ROOT_ONLY:
-            chosen.setdefault(word, word)
+            refused = found[f"no{word}"]
+            if refused.origin != "default" and not refused.value:
+                where = "" if refused.origin == "-o" else f"{refused.origin}: "
+                raise UsageError(f"{where}only root can mount with {word}; leave it out")
+            found[f"no{word}"] = Setting(f"no{word}", True, refused.origin if refused.value else "user")
+    return Configuration(_options_of(found, privileged=privileged), tuple(found.values()), **places)
+
+
+def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptions:
+    value = {name: setting.value for name, setting in found.items()}
     words = ["default_permissions"]
-    words += ["allow_other"] if allow_other else []
-    words += [word for word in chosen.values() if word in _PASSED_ON]
-    words += ["dirsync"] if dirsync else []
+    words += ["allow_other"] if value["allow_other"] else []
+    words += [word for word in _ROOT_ONLY if privileged and not value[f"no{word}"]]
+    words += [word for word in _PASSED_ON if value[word]]
+    include, exclude = (tuple(os.fsencode(glob) for glob in _strings(value[name])) for name in _LISTS)
     return MountOptions(
-        share=Share(choices.get("share", Share.AUTO)),
-        passthrough=Passthrough(choices.get("passthrough", Passthrough.AUTO)),
-        read_only=chosen.get("rw") == "ro",
-        noatime=chosen.get("atime") == "noatime",
-        allow_other=allow_other,
+        share=Share(str(value["share"])),
+        passthrough=Passthrough(str(value["passthrough"])),
+        read_only=bool(value["ro"]),
+        noatime=bool(value["noatime"]),
+        allow_other=bool(value["allow_other"]),
+        scrub_rate_mb_s=float(str(value["scrub_rate"])),
+        rules=SharingRules(min_size_bytes=int(str(value["min_size"])), include=include, exclude=exclude),
+        metrics=str(value["metrics"]),
         fuse_words=tuple(words),
     )
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    return value if isinstance(value, tuple) else ()
+
+
+def _read_words(text: str) -> tuple[dict[str, object], str | None]:
+    """The settings of an `-o` string, and the file that `config=` names."""
+    given: dict[str, object] = {}
+    config: str | None = None
+    for word in filter(None, text.split(",")):
+        name, equals, value = word.partition("=")
+        if name == _CONFIG and equals:
+            if config not in (None, value):
+                raise UsageError(f"config={config} and config={value} contradict each other; give one")
+            config = value
+        elif name in _LISTS and equals:
+            given[name] = (*_strings(given.get(name)), *_strings(_checked(name, [value])))
+        elif (name in _CHOICES or name in _VALUES) and equals:
+            checked = _checked(name, value)
+            if given.setdefault(name, checked) != checked:
+                raise UsageError(f"{name}={given[name]} and {name}={value} contradict each other; give one")
+        elif word in _SWITCH_OF:
+            setting, on = _SWITCH_OF[word]
+            given[setting] = on
+        elif word in _FLAGS:
+            given[word] = True
+        elif word not in _NO_EFFECT and word not in _FOR_OTHERS and not word.startswith("x-"):
+            raise UsageError(f"mount option {word} is unknown; known are {', '.join(_KNOWN)}")
+    return given, config
+
+
+def _checked(name: str, value: object) -> object:
+    """A value of a setting, from a word or a file, in its own type. Raises UsageError."""
+    match name, value:
+        case (("share" | "passthrough"), str()):
+            if value not in list(_CHOICES[name]):
+                raise UsageError(f"{name}={value} is unknown; use {name}={'|'.join(_CHOICES[name])}")
+            return value
+        case "min_size", _:
+            return _bytes_of(value)
+        case "scrub_rate", str() | int() | float() if not isinstance(value, bool):
+            try:
+                rate = float(value)
+            except ValueError:
+                rate = math.nan
+            if math.isfinite(rate) and 0 <= rate < 1e9:
+                return rate
+            raise UsageError(f"scrub_rate={value} is no number of million bytes a second; 0 sets no bound")
+        case "metrics", str() | int() if not isinstance(value, bool):
+            if not _is_address(str(value)):
+                raise UsageError(f"metrics={value} is neither the absolute path of a socket nor [HOST:]PORT")
+            return str(value)
+        case (("include" | "exclude"), list()):
+            for glob in value:
+                if not isinstance(glob, str) or not is_glob(glob):
+                    raise UsageError(f"{name}: {glob!r} is no glob")
+            return tuple(value)
+        case (("source" | "mountpoint"), str()):
+            if not value.startswith("/"):
+                raise UsageError(f"{name}: {value!r} is not an absolute path")
+            return value
+        case _, bool() if isinstance(_DEFAULTS.get(name), bool):
+            return value
+    kinds = {**dict.fromkeys((*_LISTS,), "a list of strings"), **dict.fromkeys((*_CHOICES, *_PLACES), "a string")}
+    kinds |= {"scrub_rate": "a number", "metrics": "a string or a port"}
+    raise UsageError(f"{name} is {kinds.get(name, 'true or false')}, not {value!r}")
+
+
+def _bytes_of(value: object) -> int:
+    text = str(value)
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "")
+    if isinstance(value, bool) or not (number.isascii() and number.isdecimal()) or len(number) > 15:
+        raise UsageError(f"min_size={text} is no number of bytes; a K, M or G may follow it")
+    return int(number) * _UNITS.get(unit, 1)
+
+
+def _is_address(text: str) -> bool:
+    if text.startswith("/"):
+        return True
+    host, colon, port = text.rpartition(":")
+    return port.isascii() and port.isdecimal() and 0 < int(port) < 65536 and bool(host) == bool(colon)
+
+
+def _read_file(path: str) -> list[Setting]:
+    """The settings of a TOML file. Raises UsageError with file, line and reason."""
+    text = ""
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode()
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"the configuration {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 (at byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        line = int(at[1]) if at else text.count("\n", 0, len(text.rstrip())) + 1
+        raise UsageError(f"{path}:{line}: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: is nested too deeply") from None
+    found = []
+    for name, value in values.items():
+        where = f"{path}:{_line_of(text, name)}"
+        known = [*_PLACES, *_DEFAULTS]
+        if name not in known:
+            raise UsageError(f"{where}: {name!r} is unknown; known are {', '.join(known)}")
+        try:
+            found.append(Setting(name, _checked(name, value), where))
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    return found
+
+
+def _line_of(text: str, name: str) -> int:
+    """The line in which a top-level key (or table) of a valid TOML text is."""
+    key = rf"""["']?{re.escape(name)}["']?"""
+    found = re.search(rf"^[ \t]*(?:{key}[ \t]*[=.]|\[+[ \t]*{key}[ \t]*[\].])", text, re.MULTILINE)
+    return text.count("\n", 0, found.start()) + 1 if found else 1
+
+
+def instance_file(instance: str) -> str | None:
+    """The configuration of an instance of the systemd unit, None when it has none. Raises UsageError."""
+    if "/" in instance or instance in ("", ".", ".."):
+        raise UsageError(
+            f"{instance!r} is no name of an instance: it is that of a file in {CONFIGURATIONS}, without .toml"
+        )
+    path = os.path.join(CONFIGURATIONS, f"{instance}.toml")
+    return path if os.path.lexists(path) else None
+
+
+def instance_path(instance: str) -> str:
+    """The path that an instance stands for where no configuration names another: as systemd-escape(1) --path."""
+    raw = re.sub(
+        rb"\\x([0-9a-fA-F]{2})", lambda found: bytes([int(found[1], 16)]), os.fsencode(instance).replace(b"-", b"/")
+    )
+    return "/" + os.fsdecode(raw).lstrip("/")
 
 
 def user_may_allow_other(configuration: str = FUSE_CONFIGURATION) -> bool:
@@ -135,6 +347,19 @@ def control_directory(*, uid: int) -> str:
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return os.path.join(os.path.abspath(runtime), "dedupfs")
     return os.path.join(os.path.abspath(tempfile.gettempdir()), f"dedupfs-{uid}")
+
+
+def cache_directory() -> str:
+    """Where what can be computed again is kept for this user."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "dedupfs")
+
+
+def notify_socket() -> str | None:
+    """Where systemd waits to hear that a mount answers."""
+    return os.environ.get("NOTIFY_SOCKET") or None
 
 
 def debugging() -> bool:

@@ -7,8 +7,8 @@ clean if everything that happened is in the index, and otherwise leaves it to th
 import logging
 import os
 import shutil
-import stat
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Self
@@ -17,17 +17,21 @@ from .asking import AsCaller
 from .backing import Backing
 from .blobs import Blobs
 from .config import MountOptions
-from .digest import DescriptorHasher, hash_descriptor
+from .digest import Checkpoint, DescriptorHasher, hash_descriptor, proceed
 from .duplicates import Answers, Group
-from .errors import IndexDamaged, SourceError, StoreError, Unavailable
+from .errors import Busy, IndexDamaged, StoreError, Unavailable, UsageError
 from .fileio import FileIo
+from .health import Health, look
 from .index import Index
 from .journal import Recording
 from .matching import Matcher
-from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, Caller, ContentKey, FileState, Progress
-from .openfiles import Gate, OpenFiles
+from .model import UNKNOWN_PATH, Caller, ContentKey, Damage, FileState, Ino, Progress
+from .openfiles import Gate, Key, OpenFiles
 from .orphans import Orphans
-from .reconcile import Census, Reconciler, Stopped, walk
+from .reconcile import Reconciler, Stopped
+from .report import Report
+from .restore import Restorer
+from .scrub import Scrubber
 from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, QUARANTINE, Store
@@ -40,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _NOT_DESCRIBING = "only a mount that is not read-only describes"
 _RELEASE_S = 2.0  # how long a close() may take to reach us
+_HEALING_S = 600.0  # how long a scrub waits for a copy to be settled, which may be behind others
 
 
 class Engine:
@@ -71,6 +76,7 @@ class Engine:
 
     def _build(self, options: MountOptions, hasher: DescriptorHasher, *, by_reflink: bool) -> None:
         backing = self.backing
+        rules = self.store.read_rules() if options.rules is None else options.rules
         self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(backing)
         self.index = _open_index(backing, self.store.identity)
         self.settler = Settler(backing, self.index, self.openfiles, self.gate)
@@ -99,6 +105,7 @@ class Engine:
                 lambda path: self.on_replaced(path),
                 self.settler.offer,
                 self.settler.postpone,
+                rules=rules,
             ),
             recording,
             self.references.unlink_blob,
@@ -125,9 +132,26 @@ class Engine:
             self._orphans,
             copies_refer=self.sharing is self.references,
             noatime=options.noatime,
+            rules=rules,
         )
         self.vfs = Vfs(backing, self.openfiles, self.gate, self.settler, io, self._answer, self._orphans)
         self._reconciler = Reconciler(backing, self.index, self.blobs, self.settler)
+        self._scrubber = Scrubber(
+            backing,
+            self.index,
+            self.blobs,
+            self.openfiles,
+            self.gate,
+            self.settler,
+            hasher,
+            lambda path: self.on_replaced(path),
+            self._settle_again,
+        )
+        self._restorer = Restorer(
+            backing, self.index, self.blobs, io, lambda: self._stopping.is_set(), self._release_blobs
+        )
+        self._scrub_rate_bytes_s = int(options.scrub_rate_mb_s * 10**6)
+        self._scrub_lock = threading.Lock()
         self.imaging: Imaging | None = None  # of a mount that describes pictures
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
@@ -268,16 +292,51 @@ class Engine:
         self.index.clear()
         self.settler.index_is_complete = False
 
-    def look_again(self, content: ContentKey) -> None:
-        """Forget what is known of plain files with this content, and queue them: one of them may heal its blob."""
-        batch = self.index.batch()
-        for ino in self.index.holders(content):
-            record = self.index.file(ino)
-            if record is not None and record.state is FileState.PLAIN:
-                paths = self.index.paths(ino, self.backing.root_ino)
-                batch.doubt_file(ino)
-                self.settler.offer(ino, paths[0] if paths else UNKNOWN_PATH)
-        batch.commit()
+    def look_again(self, content: ContentKey, alive: Checkpoint = proceed) -> list[Ino]:
+        """Forget what is known of files that hold this content themselves, and queue them: one of them may heal its
+        blob. Answers which they are."""
+        found: dict[Ino, bytes] = {}
+        with self.settler.writing(alive) as batch:
+            for ino in batch.holders(content):
+                record = batch.file(ino)
+                if record is not None and record.state is not FileState.REFERENCE:
+                    paths = self.index.paths(ino, self.backing.root_ino)
+                    batch.doubt_file(ino)
+                    found[ino] = paths[0] if paths else UNKNOWN_PATH
+        for ino, path in found.items():
+            self.settler.offer(ino, path)
+        return list(found)
+
+    def _settle_again(self, content: ContentKey, alive: Checkpoint) -> None:
+        offered = self.look_again(content, alive)
+        if not self._running:
+            self._work_off(lambda phase, done, total: alive())
+        deadline = time.monotonic() + _HEALING_S
+        for ino in offered if self._running else ():
+            while not self.settler.wait_settled(Key(self.backing.device, ino), 0.5) and time.monotonic() < deadline:
+                alive()
+
+    def scrub(self, progress: Progress, rate_mb_s: float | None = None) -> dict[str, object]:
+        """Read every content again (see `scrub`); 0 sets no bound, None takes the mount's. Raises Busy beside another
+        scrub, UsageError where nothing may be healed."""
+        if self._read_only:
+            raise UsageError("the mount is read-only, and a scrub heals what it can; mount without ro to scrub")
+        if not self._scrub_lock.acquire(blocking=False):
+            raise Busy("a scrub of this source is running already; wait for it to end")
+        try:
+            if not self._running and not self.settler.index_is_complete:
+                self.scan(progress)
+            totals = self.index.totals()
+            report = self._scrubber.run(
+                rate_bytes_s=self._scrub_rate_bytes_s if rate_mb_s is None else int(rate_mb_s * 10**6),
+                total_bytes=totals.stored_bytes if self.sharing is self.references else totals.logical_bytes,
+                progress=progress,
+            )
+            if not self._running:
+                self._work_off(lambda phase, done, total: None)
+        finally:
+            self._scrub_lock.release()
+        return report.as_json()
 
     def scan(self, progress: Progress) -> dict[str, object]:
         """Walk the tree and settle everything that the index does not know as it is. Raises Stopped."""
@@ -300,51 +359,65 @@ class Engine:
             "unreadable_directories": census.unreadable,
         }
 
+    def health(self) -> Health:
+        """Whether all is well, as far as a look tells."""
+        return look(self.backing, self.index, self.settler, damaged=len(self.damages()))
+
+    def describe(self) -> str:
+        """What it is doing, in a few words."""
+        pending = self.settler.pending()
+        if self._scan_lock.locked():
+            return f"serving; a scan is running, {pending:,} files wait"
+        return f"serving; {pending:,} files wait" if pending else "serving"
+
+    def metrics(self) -> dict[str, object]:
+        """What is told to who watches: numbers, and which checks fail."""
+        damaged, health, scrub = len(self.damages()), self.health(), self.index.scrub_pass()
+        return {
+            **self.status(),
+            **health.as_json(),
+            "settled": self.settler.settled,
+            "damaged": damaged,
+            "failing": {problem.check for problem in health.problems},
+            "scrub_finished_s": 0 if scrub is None else scrub.finished_s,
+        }
+
+    def report(self, progress: Progress) -> dict[str, object]:
+        """What is duplicate where (see `report`), and what `status` says."""
+        if not self._running and not self.settler.index_is_complete:
+            self.scan(progress)
+        report = Report(self.backing, self.index)
+        report.gather(progress)
+        return {**self.status(), **report.as_json(self.damages())}
+
+    def damages(self) -> list[tuple[Damage, list[bytes]]]:
+        """What a scrub found damaged and nobody has put right, each with its paths."""
+        return self._scrubber.damages()
+
     def duplicates(self, path: bytes | None) -> object:
         """One group for a path, or all groups. Raises OSError (ENODATA) for a path that has no settled content."""
         if path is not None:
             return _as_json(self.answers.group(path))
         return [_as_json(group) for group in self.answers.groups()]
 
-    def restore(self, paths: list[bytes], progress: Progress) -> dict[str, object]:
+    def restore(self, paths: list[bytes], progress: Progress, *, dry_run: bool = False) -> dict[str, object]:
         """Make every reference at or below these paths (all, if none is named) a plain file, content verified by its
-        copy and flushed; what cannot be restored is listed and left as it is."""
-        if not self._running and not self.settler.index_is_complete:
+        copy and flushed; what cannot be restored is listed and left as it is. `dry_run` answers what that takes.
+
+        Raises OSError (ENOSPC), with nothing done, when there surely is no room.
+        """
+        if not dry_run and not self._running and not self.settler.index_is_complete:
             self.scan(progress)
-        restored = restored_bytes = 0
-        failed: list[dict[str, str]] = []
-        for path in self._files_below(paths or [b""]):
-            try:
-                is_reference = self.backing.read_reference(path) is not None
-                size_bytes = self.vfs.io.restore(path) if is_reference else None
-            except FileNotFoundError:
-                continue
-            except (OSError, StoreError) as error:
-                failed.append({"path": os.fsdecode(path), "reason": str(error)})
-                continue
-            if size_bytes is not None:
-                restored += 1
-                restored_bytes += size_bytes
-                progress("restoring", restored, None)
+        plan = self._restorer.plan(paths or [b""])
+        if dry_run:
+            return plan.as_json()
+        plan.require_room()
+        return self._restorer.execute(plan, progress)
+
+    def _release_blobs(self) -> None:
+        """Beside a mount its thread does that."""
         if not self._running:
             self._work_off(lambda phase, done, total: None)
-        return {"restored": restored, "bytes": restored_bytes, "failed": failed}
-
-    def _files_below(self, tops: list[bytes]) -> list[bytes]:
-        found: list[bytes] = []
-        for top in tops:
-            try:
-                st = self.backing.lstat(top)
-            except OSError as error:
-                raise SourceError(f"{os.fsdecode(top)}: {error.strerror}") from None
-            if stat.S_ISDIR(st.st_mode):
-                below = walk(self.backing, Census(), self._stopping.is_set, top)
-                found += [
-                    path for path, st in below if stat.S_ISREG(st.st_mode) and st.st_size >= SMALLEST_SHARED_BYTES
-                ]
-            else:
-                found.append(top)
-        return found
 
 
 def rebuild(source: str, progress: Progress) -> dict[str, object]:

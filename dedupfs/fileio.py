@@ -19,6 +19,7 @@ from .journal import Restored, Shared, Touched
 from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, Caller, ContentKey, FileRecord, FileState, Stamp, is_hidden
 from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
 from .orphans import Orphans
+from .rules import EVERYTHING, SharingRules
 from .settle import Settler
 from .sharing import Changed, ReferenceSharing, Settled
 from .store import is_in_another
@@ -45,13 +46,14 @@ class FileIo:
         *,
         copies_refer: bool,
         noatime: bool,
+        rules: SharingRules = EVERYTHING,
     ) -> None:
         """`copies_refer`: a copy of a whole file inside the mount becomes a reference (else the backing filesystem
         shares extents by itself). `noatime`: reading leaves access times alone."""
         self._backing, self._index, self._blobs = backing, index, blobs
         self._openfiles, self._gate = openfiles, gate
         self._references, self._settler, self._orphans = references, settler, orphans
-        self._copies_refer = copies_refer
+        self._copies_refer, self._rules = copies_refer, rules
         self._quiet_flag = os.O_NOATIME if noatime else 0
         # Whether handles may be given to the kernel (see `passthrough`).
         self.kernel_may_serve = False
@@ -100,9 +102,11 @@ class FileIo:
             if not self._quiet_flag:
                 raise
             fd = self._backing.open(path, kept)  # only its owner and root may read a file quietly
+        st = os.fstat(fd)
         return self._openfiles.register(
-            Key.of(os.fstat(fd)),
+            Key.of(st),
             fd,
+            alone=st.st_nlink == 1,
             writes=writes,
             appends=writes and bool(flags & os.O_APPEND),
             pid=pid,
@@ -348,7 +352,9 @@ class FileIo:
     def fsync(self, handle: Handle, *, data_only: bool) -> None:
         """Make durable what the handle shows: of a reference, its blob, itself, and that it is at its path."""
         inode = handle.inode
-        if inode.reference is not None:
+        if inode.reference is not None and not self._backing.orders_metadata:
+            self._backing.sync()  # one by one, what comes first might be found without the others
+        elif inode.reference is not None:
             self._backing.fsync(handle.read_fd)
             self._backing.fsync(handle.own_fd)
             path = self._backing.path_of(handle.own_fd)
@@ -417,7 +423,7 @@ class FileIo:
         ):
             return 0
         path = self._backing.path_of(target.own_fd)
-        if path is None or is_in_another(self._backing, path):
+        if path is None or is_in_another(self._backing, path) or not self._rules.allow(path, size_bytes):
             return 0
         content = self._content_of(source)
         if content is None:
@@ -456,7 +462,7 @@ class FileIo:
             return None  # no index: a copy is then made of bytes
         st = os.fstat(source.own_fd)
         path = self._backing.path_of(source.own_fd)
-        if not self._may_publish(record, st, inode.key) or record is None or path is None:
+        if path is None or not self._may_publish(path, record, st, inode.key) or record is None:
             return None
         try:
             with self._openfiles.watch(inode.key) as watch:
@@ -468,9 +474,10 @@ class FileIo:
             return None
         return record.content
 
-    def _may_publish(self, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:
+    def _may_publish(self, path: bytes, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:
         return (
             record is not None
+            and self._rules.allow(path, st.st_size)
             and record.state is FileState.PLAIN
             and record.stamp == Stamp.of(st)
             and st.st_nlink == 1

@@ -2,14 +2,15 @@
 
 Works on a store that nobody owns. Without `repair` nothing of the archive or the index is changed. With it, what can be
 put right without a guess is put right: leftovers are swept, abandoned copies undone, blobs sealed, blobs that no
-reference names removed (only after the whole tree could be read), missing ones replaced by a plain file of that very
-content, and the index brought in line. What would need a guess is only told: which of two contents of a file is the
-wanted one is a person's to say.
+reference names moved to the trash (only after the whole tree could be read), missing ones taken from there or replaced
+by a plain file of that very content, and the index brought in line. What would need a guess is only told: which of two
+contents of a file is the wanted one is a person's to say.
 """
 
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,8 +26,27 @@ from .model import ContentKey, FileState, Ino, Progress, Reference, Stamp
 from .reconcile import Census, walk
 from .sharing import abandon
 from .store import BLOBS, INDEX, ORPHANS, STAGING, Store, is_in_another
+from .trash import Trash
 
 log = logging.getLogger(__name__)
+
+
+# What `repair` does about a finding of this check; what is not here is left for a person.
+_REMEDIES = {
+    "leftovers": "taken back, or set aside in quarantine/ if it is not of dedupfs",
+    "materialising": "its unfinished copy freed; the blob has its content",
+    "empty-reference": "its record removed",
+    "reference-blob": "its blob taken from the trash, or from a plain file of that content, if there is one",
+    "unreferenced-blob": "moved to the trash",
+    "sealed": "sealed",
+    "clean": "the tree walked, and the index brought in line",
+    "index": "a new index made, by a scan",
+    "counters": "a new index made, by a scan",
+    **dict.fromkeys(
+        ("index-reference", "index-stamp", "index-state", "index-content", "index-path", "index-file"),
+        "looked at again, and the index brought in line",
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -39,6 +59,13 @@ class Finding:
     repair: Callable[[], None] | None = None
     content: ContentKey | None = None  # whose blob is missing
     repaired: bool = False
+
+    @property
+    def remedy(self) -> str:
+        """What a repair would do about it, "" when that is for a person to decide."""
+        if self.check == "unreferenced-blob" and self.repair is None:
+            return ""  # not everything could be read
+        return _REMEDIES.get(self.check, "")
 
 
 @dataclass(slots=True)
@@ -187,7 +214,8 @@ def check_references(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Fi
         if blob is None or blob.st_size != reference.size_bytes:
             fault = "is missing" if blob is None else f"has {blob.st_size} bytes instead of {reference.size_bytes}"
             problem = f"blob {reference.content.name} {fault}"
-            yield Finding("reference-blob", path, problem, content=reference.content)
+            take_back = partial(_take_back, backing, blobs, reference.content)
+            yield Finding("reference-blob", path, problem, take_back, content=reference.content)
 
 
 def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding]:
@@ -199,7 +227,7 @@ def check_blobs(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding
         if content not in tree.by_content:
             if not tree.scanned:
                 continue  # what is still to be scanned or settled removes it
-            repair = partial(blobs.remove, content) if tree.complete else None
+            repair = partial(Trash(backing).put, content, now_s=int(time.time())) if tree.complete else None
             yield Finding("unreferenced-blob", path, "no reference names it", repair)
         elif st.st_nlink == 1 and (stat.S_IMODE(st.st_mode) != SEALED_MODE or (backing.privileged and st.st_uid)):
             yield Finding("sealed", path, "is not sealed", partial(blobs.seal, content))
@@ -265,6 +293,12 @@ def _has_data(backing: Backing, path: bytes, st: os.stat_result) -> bool:
         return backing.has_data(fd)
     finally:
         os.close(fd)
+
+
+def _take_back(backing: Backing, blobs: Blobs, content: ContentKey) -> None:
+    """A missing blob may be in the trash; else a plain file may take its place, later."""
+    if blobs.stat(content) is None and any(each.content == content for each in Trash(backing).list()):
+        Trash(backing).take_back(content)
 
 
 def _forget(backing: Backing, path: bytes) -> Callable[[], None]:

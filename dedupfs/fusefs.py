@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import stat
+import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,9 @@ from .backing import RENAME_EXCHANGE
 from .config import Passthrough as Wanted
 from .engine import Engine
 from .errors import DedupfsError, SourceError, Unavailable
+from .hardlinks import OtherNames
 from .libfuse import ENDED_BY_SIGNAL, Session, caller, dotted, fuse, request
-from .openfiles import Handle, Key, OpenFiles
+from .openfiles import Handle, Key
 from .passthrough import Passthrough
 from .vfs import Attributes, Directory
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 
 _CAP_DONT_MASK = 1 << 6
+_CAP_SPLICE_READ = 1 << 9
 _CAP_READDIRPLUS = 1 << 13
 _CAP_READDIRPLUS_AUTO = 1 << 14
 _CAP_POSIX_ACL = 1 << 19
@@ -75,6 +78,14 @@ _STATFS = [
 # fmt: on
 
 
+# struct stat in one go: several times as fast as field by field. Where each machine has its fields (from st_ino on;
+# libfuse sets st_dev), and which of st_nlink and st_mode comes first.
+_STAT, _NLINK_FIRST = {
+    "x86_64": (struct.Struct("=8xQQIII4xQqqq6q"), True),
+    "aarch64": (struct.Struct("=8xQIIIIQ8xqi4xq6q"), False),
+}[os.uname().machine]
+
+
 class Mount(NamedTuple):
     """What others may ask of a mount."""
 
@@ -89,20 +100,17 @@ def _relative(path: bytes) -> bytes:
 
 
 def _fill(target: Any, attributes: Attributes) -> None:
-    st, target.st_blocks, target.st_nlink = attributes
-    target.st_ino = st.st_ino
-    target.st_mode = st.st_mode
-    target.st_uid = st.st_uid
-    target.st_gid = st.st_gid
-    target.st_rdev = st.st_rdev
-    target.st_size = st.st_size
-    target.st_blksize = st.st_blksize
-    for field, ns in (
-        (target.st_atimespec, st.st_atime_ns),
-        (target.st_mtimespec, st.st_mtime_ns),
-        (target.st_ctimespec, st.st_ctime_ns),
-    ):
-        field.tv_sec, field.tv_nsec = divmod(ns, 10**9)
+    st, blocks, nlink = attributes
+    atime_s, atime_ns = divmod(st.st_atime_ns, 10**9)
+    mtime_s, mtime_ns = divmod(st.st_mtime_ns, 10**9)
+    ctime_s, ctime_ns = divmod(st.st_ctime_ns, 10**9)
+    first, second = (nlink, st.st_mode) if _NLINK_FIRST else (st.st_mode, nlink)
+    # fmt: off
+    _STAT.pack_into(
+        target, 0, st.st_ino, first, second, st.st_uid, st.st_gid, st.st_rdev, st.st_size, st.st_blksize, blocks,
+        atime_s, atime_ns, mtime_s, mtime_ns, ctime_s, ctime_ns,
+    )
+    # fmt: on
 
 
 # What libfuse calls an open file that is being unlinked (hidden_name in its fuse.c): node number and a counter.
@@ -117,73 +125,6 @@ def _keep_thread_state() -> None:
     request (two mappings of memory, and a fault): PyGILState_Ensure without its Release, once a thread."""
     _thread.known = True
     ctypes.pythonapi.PyGILState_Ensure()
-
-
-class _OtherNames:
-    """The names of hard-linked files that the kernel may have cached attributes under, and of each open file the one by
-    which the kernel knows it (`Handle.known_as`)."""
-
-    def __init__(self, openfiles: OpenFiles) -> None:
-        self._lock = threading.Lock()
-        self._openfiles = openfiles
-        self._names: dict[Key, set[bytes]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._names)
-
-    def seen(self, st: os.stat_result, path: bytes) -> None:
-        with self._lock:
-            self._names.setdefault(Key.of(st), set()).add(path)
-
-    def of(self, key: Key, path: bytes | None) -> list[bytes]:
-        with self._lock:
-            return [name for name in self._names.get(key, ()) if name != path]
-
-    def of_written(self, handle: Handle) -> list[bytes]:
-        with self._lock:
-            return [name for name in self._names.get(handle.inode.key, ()) if name != handle.known_as]
-
-    def gone(self, st: os.stat_result, path: bytes) -> list[bytes]:
-        """An inode lost a name; `st` is from afterwards. Answers its other names."""
-        with self._lock:
-            names = self._names.get(Key.of(st), set())
-            names.discard(path)
-            if st.st_nlink <= 1:  # the last name has no others, and a number that is used again inherits none
-                self._names.pop(Key.of(st), None)
-            return list(names)
-
-    def moved(self, st: os.stat_result, old: bytes, new: bytes) -> None:
-        """A file or directory was renamed."""
-        with self._lock:
-            self._move(st, {old: new})
-
-    def exchanged(self, st: os.stat_result, other: os.stat_result, old: bytes, new: bytes) -> None:
-        """`st` is at `new` now, and `other` at `old`."""
-        with self._lock:
-            whole = other if stat.S_ISDIR(other.st_mode) else st
-            self._move(whole, {old: new, new: old})
-            if not stat.S_ISDIR(whole.st_mode):
-                self._move(other, {new: old})
-
-    def _move(self, st: os.stat_result, moves: dict[bytes, bytes]) -> None:
-        if stat.S_ISDIR(st.st_mode):
-            changed, handles = list(self._names.values()), self._openfiles.handles()
-        else:
-            changed, handles = [self._names.get(Key.of(st), set())], self._openfiles.handles_of(Key.of(st))
-        for names in changed:
-            moved = {_moved(name, moves) for name in names}
-            names.clear()
-            names.update(moved)
-        for handle in handles:
-            handle.known_as = _moved(handle.known_as, moves)
-
-
-def _moved(path: bytes, moves: dict[bytes, bytes]) -> bytes:
-    """Where a path leads after these renames of it or of a directory that it is in."""
-    for old, new in moves.items():
-        if path == old or path.startswith(old + b"/"):
-            return new + path[len(old) :]
-    return path
 
 
 class _Adapter(fuse.FUSE):  # type: ignore[misc]
@@ -204,7 +145,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
         self.session = Session(threads=_THREADS)
-        self._names = _OtherNames(engine.openfiles)
+        self._names = OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, Directory] = {}
@@ -253,6 +194,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             conn.want |= conn.capable & wanted
         # Attributes with every entry: programs that list an archive look at what they find, or else pay little.
         conn.want &= ~_CAP_READDIRPLUS_AUTO
+        # Through a pipe a request takes two system calls more, and what is written is copied once more.
+        conn.want &= ~_CAP_SPLICE_READ
         conn.max_write = _MAX_WRITE_BYTES
         conf.use_ino = 1
         conf.nullpath_ok = 1
@@ -297,6 +240,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def _changed(self, path: bytes | None, handle: Handle | None) -> None:
         """Attributes of an inode changed: its other names must show that."""
+        if not self._names:
+            return
         with suppress(OSError):
             st = os.fstat(handle.own_fd) if handle is not None else self._vfs.getattr(_relative(path or b"/")).st
             self._invalidate_others(st, _relative(path) if path else None)
@@ -425,7 +370,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         os.close(self._directories.pop(fip.contents.fh).fd)
 
     def fsyncdir(self, path: bytes | None, data_only: int, fip: Any) -> None:
-        os.fsync(self._directories[fip.contents.fh].fd)
+        self._engine.backing.fsync_names(self._directories[fip.contents.fh].fd)
 
     def statfs(self, path: bytes, buffer: Any) -> None:
         found, target = self._vfs.statfs(_relative(path)), buffer.contents
@@ -490,12 +435,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def _enter(self, path: bytes, fi: Any, handle: Handle) -> None:
         handle.known_as = _relative(path)
-        fi.noflush = int(not handle.writes)  # a reader has nothing to say when it closes
+        # A request less where a close() has nothing to say: of a reader, and of a writer who has no other names to
+        # tell, no error to hear, and cannot have mapped the file, whose pages the kernel would write back then.
+        handle.silent = fi.flags & os.O_ACCMODE == os.O_WRONLY and handle.alone and self._engine.backing.closes_silently
+        fi.noflush = int(handle.silent or not handle.writes)
         # The pages that the kernel has are right, unless another name of the inode was written through.
-        alone = os.fstat(handle.own_fd).st_nlink == 1
-        fi.keep_cache = int(alone)
+        fi.keep_cache = int(handle.alone)
         # Appending through several names, each of which has pages and a length of its own for the kernel: in one piece.
-        fi.direct_io = int(handle.appends and not alone)
+        fi.direct_io = int(handle.appends and not handle.alone)
         if self._passthrough is not None:
             try:
                 way = self._passthrough.attach(handle)

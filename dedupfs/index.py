@@ -7,6 +7,7 @@ Only this module imports lmdb; `codec` makes the bytes. The tables (d: dupsort, 
     meta       b"store"          identity          the store this index describes; another one's is not used
     meta       b"complete"       b"1"              a walk of the whole tree has finished
     meta       b"count.*"        counter           sums, see `_COUNTERS`; fsck recomputes them
+    meta       b"scrub"          ScrubPass         the scrub that is under way, or the last one
     files      inode             FileRecord        the settled state of a regular file
     links    d inode             directory, name   each name of a regular file
     dirs       inode             directory, name   the one name of a directory: paths are found by walking up
@@ -14,6 +15,8 @@ Only this module imports lmdb; `codec` makes the bytes. The tables (d: dupsort, 
     sharers  d digest+collision  inode             those of them that are references or share extents
     queue      sequence          inode, path       pending work, written at a clean stop
     images, thumbnails, backlog, alike             pictures by content, see `imagetables`
+    verified   digest+collision  Verified          when a scrub last found this content good
+    damages    content, kind, inode   Damage       what a scrub found damaged, until it is good again or gone
 
 Sharing is never recorded before it is done, and never unrecorded before it is undone: a record that is missing costs a
 look at the file, a record too many is found wrong when it is looked at.
@@ -37,7 +40,7 @@ from lmdb.verify import VerifyError, verify
 from . import codec
 from .errors import IndexDamaged, StoreError, UnknownFormat
 from .imagetables import Described, ImageTables
-from .model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Totals
+from .model import ContentKey, Damage, Digest, FileRecord, FileState, Ino, Link, ScrubPass, Totals, Verified
 
 SCHEMA_VERSION = b"2"
 _WITHOUT_PICTURES = b"1"  # the schema before; it has all of this one but the tables of pictures
@@ -62,7 +65,7 @@ class Index:
                 self._env = lmdb.open(
                     place,
                     map_size=_MAP_BYTES,
-                    max_dbs=12,
+                    max_dbs=32,
                     max_readers=512,
                     mode=0o600,
                     writemap=False,
@@ -83,6 +86,11 @@ class Index:
         self._meta, self._files, self._links = tables["meta"], tables["files"], tables["links"]
         self._dirs, self._holders, self._sharers = tables["dirs"], tables["holders"], tables["sharers"]
         self._queue = tables["queue"]
+        try:
+            self._verified, self._damages = (self._env.open_db(name) for name in (b"verified", b"damages"))
+        except lmdb.Error as error:
+            self._env.close()
+            raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
         try:
             self._check_identity(identity.encode())
         except BaseException:
@@ -295,6 +303,36 @@ class Index:
                 more = cursor.next_nodup()
             return found, b""
 
+    def verified(self, content: ContentKey) -> Verified | None:
+        with self._read() as txn:
+            value = txn.get(codec.encode_content(content), db=self._verified)
+            return None if value is None else codec.decode_verified(value)
+
+    def all_verified(self, after: bytes, limit: int) -> tuple[list[ContentKey], bytes]:
+        """Contents that a scrub has a record of, and the position to go on from, as `all_groups`."""
+        with self._read() as txn, txn.cursor(self._verified) as cursor:
+            found: list[ContentKey] = []
+            if cursor.set_range(after + b"\0" if after else b"\0"):
+                for key in cursor.iternext(keys=True, values=False):
+                    found.append(codec.decode_content(key))
+                    if len(found) == limit:
+                        return found, key
+            return found, b""
+
+    def damages(self) -> list[Damage]:
+        with self._read() as txn, txn.cursor(self._damages) as cursor:
+            return [codec.decode_damage(key, value) for key, value in cursor]
+
+    def scrub_pass(self) -> ScrubPass | None:
+        with self._read() as txn:
+            value = txn.get(b"scrub", db=self._meta)
+            return None if value is None else codec.decode_scrub_pass(value)
+
+    def used_share(self) -> float:
+        """How much of the room that the index can have is used, 0 to 1."""
+        info = self._env.info()
+        return float((info["last_pgno"] + 1) * self._env.stat()["psize"] / info["map_size"])
+
     # -- changing -----------------------------------------------------------------------------------------------------
 
     def batch(self) -> Batch:
@@ -306,7 +344,7 @@ class Index:
             owner = txn.get(b"store", db=self._meta)
             for table in (self._files, self._links, self._dirs, self._holders, self._sharers, self._queue, self._meta):
                 txn.drop(table, delete=False)
-            for table in self.images.tables:
+            for table in (*self.images.tables, self._verified, self._damages):
                 txn.drop(table, delete=False)
             txn.put(b"version", SCHEMA_VERSION, db=self._meta)
             txn.put(b"store", owner or b"", db=self._meta)
@@ -374,9 +412,11 @@ class Batch:
         self._dirs: dict[Ino, Link | None] = {}
         self._described: dict[ContentKey, Described] = {}
         self.dereferenced: set[ContentKey] = set()  # contents that a record of a reference was dropped of
+        self._scrubbed: list[tuple[lmdb._Database, bytes, bytes | None]] = []  # None: removed
 
     def __len__(self) -> int:
-        return len(self._files) + len(self._links) + len(self._dirs) + len(self._described)
+        records = len(self._files) + len(self._links) + len(self._dirs)
+        return records + len(self._described) + len(self._scrubbed)
 
     def file(self, ino: Ino) -> FileRecord | None:
         return self._files[ino] if ino in self._files else self._index.file(ino)
@@ -468,6 +508,20 @@ class Batch:
         """What became of a content that waited to be described."""
         self._described[content] = described
 
+    def put_verified(self, content: ContentKey, verified: Verified | None) -> None:
+        """A scrub read a content and found it good; None: nobody has it any more."""
+        value = None if verified is None else codec.encode_verified(verified)
+        self._scrubbed.append((self._index._verified, codec.encode_content(content), value))
+
+    def put_damage(self, damage: Damage) -> None:
+        self._scrubbed.append((self._index._damages, *codec.encode_damage(damage)))
+
+    def drop_damage(self, damage: Damage) -> None:
+        self._scrubbed.append((self._index._damages, codec.encode_damage(damage)[0], None))
+
+    def put_scrub_pass(self, scrub: ScrubPass) -> None:
+        self._scrubbed.append((self._index._meta, b"scrub", codec.encode_scrub_pass(scrub)))
+
     def commit(self) -> None:
         """Write everything in one transaction. Raises IndexDamaged (a full map or disk too), with nothing changed."""
         if not len(self):
@@ -492,12 +546,18 @@ class Batch:
                     txn.delete(codec.encode_ino(ino), db=index._dirs)
                 else:
                     txn.put(codec.encode_ino(ino), codec.encode_link(up), db=index._dirs)
+            for table, key, value in self._scrubbed:
+                if value is None:
+                    txn.delete(key, db=table)
+                else:
+                    txn.put(key, value, db=table)
         self._files.clear()
         self._holders.clear()
         self._numbers.clear()
         self._links.clear()
         self._dirs.clear()
         self._described.clear()
+        self._scrubbed.clear()
 
     def _write_file(self, txn: lmdb.Transaction[bytes], ino: Ino, record: FileRecord | None) -> list[ContentKey]:
         """Answers the contents that it had and has."""

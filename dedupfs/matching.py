@@ -20,8 +20,9 @@ from .digest import DescriptorHasher, same_bytes
 from .errors import DamagedContent, StoreError
 from .index import Batch
 from .journal import Recording
-from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
+from .model import UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
 from .openfiles import InUse, Key, OpenFiles
+from .rules import EVERYTHING, SharingRules
 from .sharing import Changed, ReferenceSharing, Settled, Sharing
 from .store import is_in_another
 
@@ -54,6 +55,8 @@ class Matcher:
         on_replaced: Callable[[bytes], None],
         offer: Callable[[Ino, bytes], None],
         postpone: Callable[[Ino, bytes], bool],
+        *,
+        rules: SharingRules = EVERYTHING,
     ) -> None:
         """`on_replaced` is called with each path whose inode is another, `offer` with files to look at again, and
         `postpone` with those that could not be shared; it answers whether that is new."""
@@ -61,6 +64,7 @@ class Matcher:
         self._references, self._strategy, self._hash = references, strategy, hasher
         self._recording, self._on_replaced = recording, on_replaced
         self._offer, self._postpone = offer, postpone
+        self._rules = rules
 
     def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]) -> None:
         """Record and share the file at `path`, whose inode was `ino`.
@@ -147,7 +151,7 @@ class Matcher:
 
     def _match(self, batch: Batch, file: Settled, digest: Digest) -> None:
         st = os.fstat(file.fd)
-        shareable = st.st_size >= SMALLEST_SHARED_BYTES and st.st_nlink == 1
+        shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)
         for content in self._known_contents(batch, digest):
             others = partial(self._others, batch, content, file.key.ino)
             if self._size_of(batch, content, others) == st.st_size:
@@ -221,7 +225,7 @@ class Matcher:
                     return self._heal(batch, file, content)  # references without a blob wait for this copy
                 continue
             with self._open_other(batch, ino) as other:
-                if other is None or os.fstat(other.fd).st_nlink != 1:
+                if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other):
                     continue
                 try:
                     if self._strategy.share(other, file, content):
@@ -233,6 +237,9 @@ class Matcher:
                     batch.doubt_file(ino)
                     self._offer(ino, other.path)
         return False
+
+    def _may_share(self, other: Settled) -> bool:
+        return self._rules.allow(other.path, other.stamp.size_bytes)
 
     def _wait_for_readers(self, file: Settled) -> bool:
         """An app reads the file: it is shared when that is over."""

@@ -85,6 +85,46 @@ class Link(NamedTuple):
     name: bytes
 
 
+class Verified(NamedTuple):
+    """That a content was read again and found to be what its digest says: in which scrub, and when (Unix time)."""
+
+    scrub: int
+    time_s: int
+
+
+class ScrubPass(NamedTuple):
+    """One scrub of everything. It may take many runs; `finished_s` is 0 until its last one came to the end."""
+
+    number: int
+    begun_s: int
+    finished_s: int = 0
+
+
+class DamageKind(enum.IntEnum):
+    BLOB = 1
+    FILE = 2
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+class Damage(NamedTuple):
+    """What a scrub found to hold other bytes than `content`, or none that can be read: a blob or a file, by inode.
+
+    Of a file it holds while that has this size and time: who writes a good copy into it changes them. Of a blob it
+    holds until another inode has its name. `ino` is 0 for a blob that was missing.
+    """
+
+    content: ContentKey
+    kind: DamageKind
+    ino: Ino
+    size_bytes: int
+    mtime_ns: int
+    found_s: int
+    problem: str
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What the reference xattr says: the content that this file stands for.
@@ -115,8 +155,7 @@ class Totals:
         return self.logical_bytes - self.stored_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who asks: the credentials FUSE reports for a request."""
 
     uid: int

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, TextIO
 
 from . import control
 from .backing import Backing
-from .config import FUSE_CONFIGURATION, MountOptions, control_directory, user_may_allow_other
+from .config import FUSE_CONFIGURATION, MountOptions, control_directory, notify_socket, user_may_allow_other
 from .engine import Engine
 from .errors import Busy, DedupfsError, NotMounted, SourceError, Unavailable, UsageError
 from .model import STORE_DIRECTORY, Progress
+from .notify import Herald
 
 if TYPE_CHECKING:
     from .pictures import Pictures
@@ -59,6 +60,8 @@ def serve(
     with _signals() as hold_signals, ExitStack() as shutdown:
         engine = Engine(source, options)
         shutdown.callback(engine.close)
+        if options.rules is not None:
+            engine.store.keep_rules(options.rules)
         log_fd = _open_log(source) if background else None
         if log_fd is not None:
             shutdown.callback(os.close, log_fd)
@@ -69,9 +72,17 @@ def serve(
         engine.vfs.control_path = os.fsencode(path)
         engine.start()
         server.start()
+        if options.metrics:
+            from .metrics import Exporter
+
+            exporter = Exporter(options.metrics, engine.metrics)
+            shutdown.callback(exporter.close)
+            exporter.start()
         engine.store.announce(mountpoint=mountpoint, socket=path)
         shutdown.callback(hold_signals)
 
+        herald = Herald(notify_socket(), engine.describe)
+        shutdown.callback(herald.stop)
         ready = threading.Event()
 
         def when_ready(mount: fusefs.Mount) -> None:
@@ -81,6 +92,7 @@ def serve(
                 os.dup2(log_fd, sys.stderr.fileno())
             log.info("serving %s at %s", source, mountpoint)
             ready.set()
+            herald.ready()
             on_ready()
 
         words = [*options.fuse_words, f"subtype={control.FUSE_TYPE.removeprefix('fuse.')}"]
@@ -106,6 +118,9 @@ def commands(engine: Engine) -> dict[str, control.Command]:
     def status(_arguments: Mapping[str, object], _progress: Progress) -> object:
         return engine.status()
 
+    def health(_arguments: Mapping[str, object], _progress: Progress) -> object:
+        return engine.health().as_json()
+
     def settle(arguments: Mapping[str, object], progress: Progress) -> object:
         return engine.settle(progress, exact=bool(arguments.get("exact")))
 
@@ -116,7 +131,17 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         paths = arguments.get("paths", [])
         if not isinstance(paths, list):
             raise UsageError("the paths to restore are not a list")
-        return engine.restore([_path(path) for path in paths], progress)
+        dry_run = arguments.get("dry_run") is True
+        return engine.restore([_path(path) for path in paths], progress, dry_run=dry_run)
+
+    def report(_arguments: Mapping[str, object], progress: Progress) -> object:
+        return engine.report(progress)
+
+    def scrub(arguments: Mapping[str, object], progress: Progress) -> object:
+        rate = arguments.get("rate")
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1e9):
+            raise UsageError(f"a rate of {rate!r} MB/s makes no sense; give a number, 0 for no bound")
+        return engine.scrub(progress, rate)
 
     def duplicates(arguments: Mapping[str, object], _progress: Progress) -> object:
         path = arguments.get("path")
@@ -124,9 +149,12 @@ def commands(engine: Engine) -> dict[str, control.Command]:
 
     found: dict[str, control.Command] = {
         "status": status,
+        "health": health,
         "settle": settle,
         "scan": scan,
         "restore": restore,
+        "scrub": scrub,
+        "report": report,
         "duplicates": duplicates,
     }
     return found | _picture_commands(engine)
@@ -395,6 +423,17 @@ def unmount(mountpoint: str) -> None:
         ended.poll()
     finally:
         os.close(daemon)
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether a killed daemon's mount is there."""
+    try:
+        control.mount_at(os.path.realpath(mountpoint))
+    except NotMounted:
+        return _mounted_type(os.path.realpath(mountpoint)) == control.FUSE_TYPE
+    except (UsageError, SourceError):
+        pass  # deeper in another mount, or not there
+    return False
 
 
 def _run_unmount(mountpoint: str, *, lazy: bool) -> None:

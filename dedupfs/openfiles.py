@@ -26,7 +26,7 @@ from .errors import DedupfsError
 from .model import ContentKey, Ino, Reference, Stamp
 
 _TICK_NS = 10**9
-_READER_S = 0.3
+_UNANNOUNCED_S = 0.3
 
 
 class Key(NamedTuple):
@@ -48,32 +48,50 @@ class GivenUp(DedupfsError):
     """The watcher was told to let go of the file: somebody wants to write to it."""
 
 
+class _SharedPass:
+    """What `with gate.shared():` enters; one serves all, since it holds nothing of its own."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: "Gate") -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate.enter_shared()
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.leave_shared()
+
+
 class Gate:
     """Many may pass shared, or one exclusively; who waits for the latter is not overtaken. Not re-entrant."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._shared = 0
         self._exclusive = False
         self._waiting = 0
+        self._shared_pass = _SharedPass(self)
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        with self._condition:
+    def shared(self) -> _SharedPass:
+        return self._shared_pass
+
+    def enter_shared(self) -> None:
+        with self._lock:
             while self._exclusive or self._waiting:
                 self._condition.wait()
             self._shared += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._shared -= 1
-                if not self._shared and self._waiting:
-                    self._condition.notify_all()
+
+    def leave_shared(self) -> None:
+        with self._lock:
+            self._shared -= 1
+            if not self._shared and self._waiting:
+                self._condition.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        with self._condition:
+        with self._lock:
             self._waiting += 1
             while self._exclusive or self._shared:
                 self._condition.wait()
@@ -82,7 +100,7 @@ class Gate:
         try:
             yield
         finally:
-            with self._condition:
+            with self._lock:
                 self._exclusive = False
                 self._condition.notify_all()
 
@@ -167,11 +185,13 @@ class Handle:
     read_fd: int
     writes: bool
     appends: bool
+    alone: bool  # when it was opened, the inode had no other name
     pid: int = 0
     known_as: bytes = b""  # the name that the kernel has for the file, where it may have several
     may_be_mapped: bool = False  # to write to: it was opened to read and write
     through_us: bool = False  # its I/O must not go past us
     was_read: bool = False
+    silent: bool = False  # we hear of its release only, not of the close() before it
     flushed: bool = False  # a writer's close() was seen: its release is on the way, if that was no duplicate
 
 
@@ -219,15 +239,24 @@ class OpenFiles:
                     del self._intents[key]
 
     def register(
-        self, key: Key, own_fd: int, *, writes: bool, appends: bool = False, pid: int = 0, empty: bool = False
+        self,
+        key: Key,
+        own_fd: int,
+        *,
+        writes: bool,
+        appends: bool = False,
+        alone: bool = True,
+        pid: int = 0,
+        empty: bool = False,
     ) -> Handle:
         """Enter a handle; the caller is inside the gate, so that `own_fd` is what the path leads to, and directs the
-        handle to its bytes before it is used. `empty`: the file is new, or is about to be truncated."""
+        handle to its bytes before it is used. `alone`: the inode has no other name; `empty`: it is new, or is about to
+        be truncated."""
         with self._condition:
             inode = self._inodes.get(key)
             if inode is None:
                 inode = self._inodes[key] = OpenInode(key)
-            handle = Handle(inode, own_fd, own_fd, writes, appends, pid)
+            handle = Handle(inode, own_fd, own_fd, writes, appends, alone, pid)
             inode.handles.add(handle)
             inode.writers += writes
             if writes:
@@ -349,22 +378,26 @@ class OpenFiles:
     def wait_until_closed(self, key: Key | None, timeout_s: float) -> bool:
         """Wait until what apps have closed is released: the kernel tells of that just after close() returned.
 
-        With a key, for that file, else for all; only for files that are to be settled at their release. Of a writer's
-        close we hear beforehand; a reader may have closed or not, and is not waited for as long. False when a release
-        did not come, since the file is open in another process as well.
+        With a key, for that file, else for all; only for files that are to be settled at their release. Of the close of
+        some writers we hear beforehand. The others, and readers, may have closed or not, and are not waited for as
+        long. False when a release did not come, since the file is open in another process as well.
         """
 
-        def waiting() -> list[OpenInode]:
+        def waiting(*, announced: bool) -> list[OpenInode]:
             inodes = self._inodes.values() if key is None else filter(None, [self._inodes.get(key)])
             return [
                 inode
                 for inode in inodes
-                if (inode.dirty or inode.resettle) and all(handle.flushed for handle in inode.handles if handle.writes)
+                if (inode.dirty or inode.resettle)
+                and (inode.writers or not announced)
+                and all(
+                    handle.flushed or (handle.silent and not announced) for handle in inode.handles if handle.writes
+                )
             ]
 
         with self._condition:
-            self._condition.wait_for(lambda: not any(inode.writers for inode in waiting()), timeout_s)
-            return self._condition.wait_for(lambda: not waiting(), min(timeout_s, _READER_S))
+            self._condition.wait_for(lambda: not waiting(announced=True), timeout_s)
+            return self._condition.wait_for(lambda: not waiting(announced=False), min(timeout_s, _UNANNOUNCED_S))
 
     def handles_of(self, key: Key) -> list[Handle]:
         with self._condition:

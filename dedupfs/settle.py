@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from .backing import Backing
+from .digest import Checkpoint, proceed
 from .errors import DedupfsError, IndexDamaged, StoreError
 from .index import Batch, Index
 from .journal import Entry, Journal, Recording
@@ -76,6 +77,8 @@ class Settler:
         self._thread: threading.Thread | None = None
         self._batch_lock = threading.Lock()
         self.settled = 0
+        self.busy_since_s: float | None = None  # when the thread took up the batch in hand
+        self.index_error = ""  # why the index cannot be written now
         self.failures = 0  # files that could not be settled, for a reason that may pass
         # No blob is removed before the index is known to hold every reference. Taken back for good when a batch is
         # lost: a reference nobody counted could then be the last one.
@@ -201,17 +204,6 @@ class Settler:
             finally:
                 self._waiting -= 1
 
-    @contextmanager
-    def writing(self) -> Iterator[Batch]:
-        """A batch for records of somebody else, written at the end of the block: one at a time writes the index.
-
-        Raises IndexDamaged when it cannot be written now; nothing is, then.
-        """
-        with self._batch_lock:
-            batch = self._index.batch()
-            yield batch
-            batch.commit()
-
     def is_busy(self) -> bool:
         """Whether files wait to be settled, or apps are changing something just now."""
         with self._condition:
@@ -233,11 +225,33 @@ class Settler:
                         yield
                         return
 
+    @contextmanager
+    def writing(self, alive: Checkpoint = proceed) -> Iterator[Batch]:
+        """A batch of somebody else's, committed at the end of the block. In it no file is read: settling waits for it.
+
+        `alive` is called while settling has a batch in hand, and may raise to give up waiting. Raises StoreError when
+        the index cannot be written.
+        """
+        while not self._batch_lock.acquire(timeout=_POLL_S):
+            alive()
+        try:
+            batch = self._index.batch()
+            yield batch
+            batch.commit()
+            self._unreferenced |= batch.dereferenced
+        finally:
+            self._batch_lock.release()
+
     def wait_until_removed(self, timeout_s: float) -> None:
         """Wait until the blobs that lost their last reference are gone; those that an app reads stay until then."""
         with self._condition:
             if self._thread is not None and self.index_is_complete:
                 self._condition.wait_for(lambda: not self._unreferenced or self._stopping, timeout_s)
+
+    def is_dead(self) -> bool:
+        """Whether the thread was started and has ended by itself."""
+        thread = self._thread
+        return thread is not None and not thread.is_alive() and not self._stopping
 
     def pending(self) -> int:
         with self._condition:
@@ -291,7 +305,9 @@ class Settler:
             if self._postponed and time.monotonic() - self._tried_at > _POSTPONED_S:
                 self.offer_postponed()
             try:
+                self.busy_since_s = time.monotonic()
                 self._work()
+                self.busy_since_s = None
             except StoreError as error:
                 log.error("%s; trying again", error)
                 self._lose_batch()
@@ -450,8 +466,10 @@ class Settler:
                     if not told:
                         log.error("%s; trying again until it can be", error)
                         told = True
+                    self.index_error = str(error)
                     self._condition.wait_for(lambda: self._stopping, _RETRY_S)
                 continue
+            self.index_error = ""
             self._unreferenced |= batch.dereferenced
             return
 

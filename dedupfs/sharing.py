@@ -192,6 +192,8 @@ class ReferenceSharing:
                 with suppress(OSError):  # then no writer is let in beside them
                     self._blobs.seal(content)
         with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
+            if not self._backing.orders_metadata:
+                self._backing.sync()  # or the seal might be found on what is still the file
             self._blobs.seal(content)
 
     def _may_become_blob(self, known: Settled) -> bool:

@@ -2,13 +2,16 @@
 
     .dedupfs/          mode 0700
         format         JSON: {"version": 1, "uuid": "…", "references": "trusted" | "user"}; written once
+        README         how to get the files back without dedupfs
         lock           flock()ed by the one process that may change the store
         clean          exists while nobody owns the store and its index agrees with the tree
         daemon.json    while mounted: {"pid": …, "mountpoint": …, "socket": …}
+        sharing.json   which files must not share, as the last mount was told; absent where all may
         blobs/         canonical contents (see `blobs`)
         index/         LMDB (see `index`)
         staging/       references under construction; anything left here by a crash is swept at the next start
         orphans/       files that were unlinked while open; swept at the next start
+        trash/         blobs that were found without a reference (see `trash`)
         quarantine/    what was found damaged or foreign: never deleted by dedupfs
 
 A store is opened by whoever is about to change it (a mount, or an offline command), never by two.
@@ -25,6 +28,8 @@ from typing import Self
 from .backing import Backing
 from .errors import Busy, SourceError, StoreError, UnknownFormat
 from .model import STORE_DIRECTORY
+from .readme import readme
+from .rules import EVERYTHING, SharingRules
 
 FORMAT_VERSION = 1
 
@@ -32,12 +37,15 @@ _FORMAT = STORE_DIRECTORY + b"/format"
 _LOCK = STORE_DIRECTORY + b"/lock"
 _CLEAN = STORE_DIRECTORY + b"/clean"
 _DAEMON = STORE_DIRECTORY + b"/daemon.json"
+_README = STORE_DIRECTORY + b"/README"
+_RULES = STORE_DIRECTORY + b"/sharing.json"
 
 BLOBS = STORE_DIRECTORY + b"/blobs"
 INDEX = STORE_DIRECTORY + b"/index"
 STAGING = STORE_DIRECTORY + b"/staging"
 ORPHANS = STORE_DIRECTORY + b"/orphans"
 QUARANTINE = STORE_DIRECTORY + b"/quarantine"
+TRASH = STORE_DIRECTORY + b"/trash"  # made when it is first needed
 _DIRECTORIES = (BLOBS, INDEX, STAGING, ORPHANS, QUARANTINE)
 
 
@@ -75,6 +83,7 @@ class Store:
             for directory in _DIRECTORIES:
                 with suppress(FileExistsError):
                     backing.mkdir(directory, 0o700)
+            self._leave_readme()
             self.was_clean = self._take_clean_mark()
         except BaseException:
             os.close(self._lock_fd)
@@ -111,6 +120,37 @@ class Store:
             maker = "root" if references == "trusted" else "an ordinary user"
             raise SourceError(f"the store in {shown} was made by {maker}; run dedupfs as who made it")
         return identity
+
+    def _leave_readme(self) -> None:
+        """For who finds the archive and has no dedupfs. A full disk is no reason not to go on without it."""
+        text = readme(self._backing.reference_xattr.decode()).encode()
+        with suppress(OSError):
+            if _read(self._backing, _README) != text:
+                _write(self._backing, _README, text)
+
+    def keep_rules(self, rules: SharingRules) -> None:
+        """Keep what a mount was told, for offline commands: they share files as well."""
+        if rules == EVERYTHING:
+            with suppress(FileNotFoundError):
+                self._backing.unlink(_RULES)
+            return
+        globs = {"include": rules.include, "exclude": rules.exclude}
+        record: dict[str, object] = {name: [os.fsdecode(glob) for glob in found] for name, found in globs.items()}
+        record["min_size_bytes"] = rules.min_size_bytes
+        _write(self._backing, _RULES, json.dumps(record).encode())
+
+    def read_rules(self) -> SharingRules:
+        """What the last mount was told. Raises StoreError when that cannot be said."""
+        raw = _read(self._backing, _RULES)
+        if not raw:
+            return EVERYTHING
+        try:
+            record = json.loads(raw)
+            include, exclude = (tuple(os.fsencode(glob) for glob in record[name]) for name in ("include", "exclude"))
+            return SharingRules(int(record["min_size_bytes"]), include, exclude)
+        except (ValueError, KeyError, TypeError):
+            shown = os.fsdecode(self._backing.source + b"/" + _RULES)
+            raise StoreError(f"{shown} is damaged: which files must not share is not known; mount once") from None
 
     def _take_clean_mark(self) -> bool:
         try:

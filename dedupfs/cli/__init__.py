@@ -16,16 +16,23 @@ from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
 from . import (
     authoritative,
+    config,
     conflicts,
     duplicates,
+    estimate,
     find,
     fsck,
+    gc,
     groups,
+    health,
+    leave,
     mount,
     not_similar,
     rebuild,
+    report,
     restore,
     scan,
+    scrub,
     settle,
     similar,
     status,
@@ -50,9 +57,10 @@ SOURCE is the directory that holds the archive, MOUNT the directory where it is 
 A command that takes either asks the running mount where there is one, and else works on the store itself.
 
 exit codes:
-    0  done; fsck: clean
-    1  restore: some files were not restored; fsck: everything found was repaired
-    2  fsck: something is left that was not repaired
+    0  done; fsck, scrub: nothing is wrong
+    1  fsck, scrub: everything found was repaired; restore, leave: some files were not restored or proven;
+       health: something is wrong
+    2  fsck, scrub: something is left that was not repaired; gc: something is in the way, nothing was removed
    64  wrong option or argument
    65  the store is damaged
    66  the source, the mount point or a named file cannot be used
@@ -66,21 +74,8 @@ exit codes:
 """
 
 _COMMANDS = (
-    mount,
-    umount,
-    status,
-    settle,
-    duplicates,
-    similar,
-    find,
-    groups,
-    authoritative,
-    not_similar,
-    conflicts,
-    scan,
-    restore,
-    rebuild,
-    fsck,
+    *(estimate, mount, umount, status, health, settle, duplicates, similar, find, groups, authoritative),
+    *(not_similar, conflicts, report, scan, scrub, restore, leave, rebuild, fsck, gc, config),
 )
 
 
@@ -95,7 +90,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         self._action_max_length = 14  # argparse forgets that commands are indented, and breaks the line of the longest
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line; the manual pages are made from it, too."""
     parser = _Parser(
         prog="dedupfs",
         description=_DESCRIPTION,
@@ -115,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file name is the bytes it is
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = make_parser().parse_args(argv)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code

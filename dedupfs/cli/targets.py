@@ -1,5 +1,6 @@
 """What a command is pointed at: a running mount, a store that nobody owns, a file in either."""
 
+import argparse
 import os
 import pwd
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from .. import control
-from ..config import MountOptions
+from ..config import MountOptions, instance_file, instance_path, read_configuration
 from ..engine import Engine
 from ..errors import Busy, NotMounted, SourceError, UsageError
 from ..model import STORE_DIRECTORY, Progress
@@ -87,3 +88,19 @@ def who() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
+
+
+def add_instance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--instance", metavar="NAME", help="what /etc/dedupfs/NAME.toml mounts, or the path that NAME stands for"
+    )
+
+
+def named(target: str | None, instance: str | None) -> str:
+    """A mount point, by itself or as that of an instance of the systemd unit."""
+    if (target is None) == (instance is None):
+        raise UsageError("name a directory, or an --instance")
+    if target is not None or instance is None:
+        return str(target)
+    told = read_configuration("", privileged=os.geteuid() == 0, file=instance_file(instance))
+    return told.mountpoint or told.source or instance_path(instance)

@@ -5,6 +5,7 @@ import os
 
 from .. import mount
 from .output import add_json, print_json
+from .targets import add_instance, named
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,13 +16,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "Also removes what a killed daemon left at MOUNTPOINT.",
         allow_abbrev=False,
     )
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?")
+    add_instance(parser)
+    parser.add_argument("--if-dead", action="store_true", help="only remove what a killed daemon left, if it left it")
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    mount.unmount(arguments.mountpoint)
+    mountpoint = named(arguments.mountpoint, arguments.instance)
+    if not arguments.if_dead or mount.is_dead(mountpoint):
+        mount.unmount(mountpoint)
     if arguments.json:
-        print_json({"mountpoint": os.path.realpath(arguments.mountpoint)})
+        print_json({"mountpoint": os.path.realpath(mountpoint)})
     return 0

@@ -21,6 +21,8 @@ from dedupfs.config import parse_options
 from dedupfs.engine import Engine, rebuild
 from dedupfs.errors import DedupfsError
 from dedupfs.fsck import fsck
+from dedupfs.gc import gc
+from dedupfs.leave import leave
 from dedupfs.model import Caller
 from dedupfs.openfiles import Handle
 from dedupfs.vfs import Vfs
@@ -243,10 +245,10 @@ class App:
                     done += self._vfs.io.copy_range(reading, done, writing, done, 1 << 30, self.caller)
             self.contents[target] = data
 
-    def restore(self, engine: Engine) -> None:
+    def undisturbed(self, name: str, action: Callable[[], object]) -> None:
         """No call of an app's: nothing may change for it."""
-        with self._call("restore", [dict(self.ledger.certain)]):
-            engine.restore([], no_progress)
+        with self._call(name, [dict(self.ledger.certain)]):
+            action()
 
     def unlink(self, path: str) -> None:
         with self._call("unlink", [{path: self.ledger.certain[path]}, {path: None}]):
@@ -330,7 +332,9 @@ def steps_in_every_backing(steps: Steps) -> Iterator[None]:
         assert not noatime
         return SteppingBacking(source, steps)
 
-    with mock.patch("dedupfs.engine.Backing", make), mock.patch("dedupfs.fsck.Backing", make):
+    with contextlib.ExitStack() as stack:
+        for module in ("engine", "fsck", "gc", "leave"):
+            stack.enter_context(mock.patch(f"dedupfs.{module}.Backing", make))
         yield
 
 
@@ -377,6 +381,11 @@ def _third(run: Run) -> None:
 def _rotten(run: Run) -> None:
     """The blob's bytes change behind everybody's back; then a good copy comes."""
     _two_shared(run)
+    _rot(run)
+    run.app.write("good.jpg", photo("a"), mode=0o664)
+
+
+def _rot(run: Run) -> None:
     blob = run.blob(photo("a"))
     fd = os.open(blob, os.O_RDONLY)
     run.engine.backing.fset_immutable(fd, immutable=False)
@@ -386,7 +395,14 @@ def _rotten(run: Run) -> None:
         file.seek(5000)
         file.write(b"rotten")
     os.chmod(blob, 0o400)
-    run.app.write("good.jpg", photo("a"), mode=0o664)
+
+
+def _rotten_with_a_copy(run: Run) -> None:
+    """The blob's bytes change, and one of its files was made plain before."""
+    _three_shared(run)
+    run.engine.restore([b"three.jpg"], no_progress)
+    run.settle()
+    _rot(run)
 
 
 def _missing(run: Run) -> None:
@@ -490,8 +506,47 @@ def _rewrite(run: Run) -> None:
     run.settle()
 
 
+def _scrub(run: Run) -> None:
+    run.engine.scrub(no_progress, 0)
+    run.settle()
+
+
 def _restore(run: Run) -> None:
-    run.app.restore(run.engine)
+    run.app.undisturbed("restore", lambda: run.engine.restore([], no_progress))
+
+
+def _leave(run: Run) -> None:
+    def go() -> None:
+        run.stop()
+        with steps_in_every_backing(run.steps):
+            departure = leave(str(run.source), dry_run=False, progress=no_progress)
+        assert not departure.refused
+        assert not (run.source / ".dedupfs").exists()
+        run.start()
+
+    run.app.undisturbed("leave", go)
+
+
+def _unneeded(run: Run) -> None:
+    """A blob that nothing refers to, beside one that is needed."""
+    _two_shared(run)
+    directory = run.source / ".dedupfs" / "blobs" / "ab"
+    directory.mkdir(exist_ok=True)
+    (directory / ("ab" * 16 + ".0")).write_bytes(photo("unneeded"))
+    run.engine.index.set_incomplete()  # so that the next start walks the tree, also when gc did not get to it
+
+
+def _gc(run: Run) -> None:
+    def go() -> None:
+        run.stop()
+        with steps_in_every_backing(run.steps):
+            for _ in range(2):
+                plan = gc(str(run.source), keep_days=0, dry_run=False, progress=no_progress)
+                assert not plan.problems
+        assert not list((run.source / ".dedupfs" / "trash").iterdir())
+        run.start()
+
+    run.app.undisturbed("gc", go)
 
 
 def _unlink_all(run: Run) -> None:
@@ -561,6 +616,8 @@ SCENARIOS = {
     "share a third file": Scenario(_third, _settle, reflinks=True),
     "heal a rotten blob": Scenario(_rotten, _settle, rotten=(ONE, TWO)),
     "heal a missing blob": Scenario(_missing, _settle, rotten=(ONE, TWO)),
+    "scrub, and heal with a plain file": Scenario(_rotten_with_a_copy, _scrub, rotten=(ONE, TWO)),
+    "scrub, and set aside until a copy comes": Scenario(_rotten, _scrub, rotten=(ONE, TWO)),
     "copy a plain file": Scenario(_two_shared, _copy_plain, reflinks=True),
     "copy a reference": Scenario(_two_shared, _copy_reference),
     "edit": Scenario(_two_shared, _edit, reflinks=True),
@@ -574,6 +631,8 @@ SCENARIOS = {
     "truncate to nothing": Scenario(_two_shared, _empty),
     "open with O_TRUNC": Scenario(_two_shared, _rewrite, reflinks=True),
     "restore": Scenario(_three_shared, _restore, keeps_plain=True),
+    "leave": Scenario(_two_shared, _leave, keeps_plain=True),
+    "collect garbage": Scenario(_unneeded, _gc),
     "unlink the last reference": Scenario(_two_shared, _unlink_all),
     "unlink an open reference": Scenario(_two_shared, _unlink_open),
     "rename over references": Scenario(_saving, _rename_over),

@@ -154,3 +154,35 @@ def test_a_reference_cannot_be_materialised(mounted: Mounted, small_disk: Filesy
         file.write(b"edited")
     assert mounted.path("left.jpg").read_bytes() == b"edited" + data[6:]
     mounted.settle()
+
+
+def test_leaving_needs_room(mounted: Mounted) -> None:
+    """Ten photographs, six times each: together more than the disk holds. What has no room is not begun."""
+    photos = {number: _photo(number, 1_000_000) for number in range(10)}
+    for number, data in photos.items():
+        _save(mounted.path(f"{number}-0"), data)
+        for copy in range(1, 6):
+            _save(mounted.path(f"{number}-{copy}"), data)
+            mounted.settle()
+    mounted.unmount()
+    plan = dedupfs("leave", "--dry-run", mounted.source, "--json").json()["plan"]
+    assert (plan["files"], plan["bytes"], plan["fits"]) == (60, 60_000_000, False)
+    assert plan["needed_bytes"] > plan["available_bytes"]
+    for command in ("leave", "restore"):
+        refusal = dedupfs(command, mounted.source, exit_code=71).stderr
+        assert "restoring 60 files takes " in refusal
+        assert "nothing was done" in refusal
+    assert dedupfs("restore", mounted.source, "0-0", "1-0", "--json").json()["restored"] == 2
+    mounted.start()
+    for number in photos:
+        for copy in range(3, 6):
+            mounted.path(f"{number}-{copy}").unlink()
+    mounted.settle()
+    mounted.unmount()
+    assert dedupfs("leave", "--dry-run", mounted.source, "--json").json()["plan"]["fits"]
+    answer = dedupfs("leave", mounted.source, "--json").json()
+    assert (answer["restored"], answer["proven"], answer["left"]) == (28, 30, True)
+    assert not mounted.store.exists()
+    assert {path.name: path.read_bytes() for path in mounted.source.iterdir() if path.name != "lost+found"} == {
+        f"{number}-{copy}": data for number, data in photos.items() for copy in range(3)
+    }

@@ -42,18 +42,10 @@ def xfs_directory(request: pytest.FixtureRequest, filesystem_pool: FilesystemPoo
         pytest.skip(str(problem))
 
 
-# About one loss in forty: a name that was renamed or removed is as it was before, though its directory was fsynced. Not
-# seen with reflink, which is what btrfs is given unless share=reference is asked for (docs/operations.md).
-_NAMES_ON_BTRFS = pytest.mark.xfail(reason="names on btrfs with share=reference", strict=False, raises=AssertionError)
-
-
 @pytest.mark.timeout(120 + 15 * ROUNDS)
 @pytest.mark.parametrize(
     ("way", "kind", "strategy"),
-    [
-        pytest.param(*case, id="-".join(case), marks=[_NAMES_ON_BTRFS] if case == ("cut", "btrfs", "reference") else [])
-        for case in CASES
-    ],
+    [pytest.param(*case, id="-".join(case)) for case in CASES],
 )
 def test_power_loss(
     way: str, kind: str, strategy: str, xfs_directory: Path, tmp_path: Path, rng: random.Random

@@ -67,10 +67,10 @@ def dedupfs(
     Fails the test when it exits with anything but `exit_code`; with None every exit code is taken.
     """
     command = [os.fsdecode(argument) for argument in arguments]
-    python, python_path = sys.executable, str(REPOSITORY)
+    python, where = sys.executable, {"PYTHONPATH": str(REPOSITORY)}
     if user is not None:
-        python, python_path = str(users.interpreter()), users.search_path(REPOSITORY)
-    full = {**os.environ, "PYTHONPATH": python_path, "PYTHONFAULTHANDLER": "1", **(environment or {})}
+        python, where = str(users.interpreter()), users.environment(REPOSITORY)
+    full = {**os.environ, **where, "PYTHONFAULTHANDLER": "1", **(environment or {})}
     # Files, not pipes: a daemon that keeps a pipe open would keep us waiting for its end.
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         done = subprocess.run(
@@ -197,6 +197,10 @@ class Mounted:
         self._forget_process()
         assert (self.store / "clean").exists(), "unmounted, but the store is not marked clean"
         self._needs_reconcile = False
+
+    def wait_until_dead(self) -> None:
+        """Somebody killed the daemon."""
+        assert _has_ended(self._process, patience_s=_PATIENCE_S), f"process {self.pid} runs on"
 
     def wait_until_ended(self) -> None:
         """Somebody else ended the mount: its daemon goes, and leaves a clean store."""

@@ -24,10 +24,11 @@ def interpreter() -> Path:
     return within_reach(base) / executable.relative_to(base)
 
 
-def search_path(repository: Path) -> str:
-    """PYTHONPATH for that Python: this checkout, and the packages it needs."""
+def environment(repository: Path) -> dict[str, str]:
+    """What that Python needs to find this checkout, the packages it needs, and its own library."""
     packages = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
-    return os.pathsep.join(str(within_reach(path)) for path in (repository, *packages))
+    search_path = os.pathsep.join(str(within_reach(path)) for path in (repository, *packages))
+    return {"PYTHONPATH": search_path, "LD_LIBRARY_PATH": str(within_reach(Path(sys.base_prefix).resolve()) / "lib")}
 
 
 @functools.cache

@@ -25,7 +25,10 @@ from dedupfs.model import Progress
 from dedupfs.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ("mount", "umount", "settle", "status", "duplicates", "scan", "restore", "rebuild", "fsck")
+COMMANDS = (
+    *("mount", "umount", "settle", "status", "duplicates", "scan", "scrub", "restore", "leave", "rebuild", "fsck"),
+    *("gc", "config", "estimate", "health", "report"),
+)
 
 STATUS = {
     "files": 1234,
@@ -93,7 +96,10 @@ def live(directory: Path, source: Path) -> Iterator[FakeMount]:
         server = Server(str(directory / "run" / "x.sock"), commands)
         stack.callback(server.close)
         fake = FakeMount(source, server)
-        commands |= {name: fake.command(name) for name in ("status", "settle", "scan", "restore", "duplicates")}
+        commands |= {
+            name: fake.command(name)
+            for name in ("status", "health", "settle", "scan", "scrub", "restore", "duplicates")
+        }
         server.start()
         store.announce(mountpoint="/mnt", socket=server.path)
         yield fake
@@ -214,6 +220,15 @@ def test_status_of_an_archive_that_was_just_mounted(shell: Shell, live: FakeMoun
     assert "a scan is running" in out
 
 
+def test_health(shell: Shell, live: FakeMount) -> None:
+    well = {"healthy": True, "problems": [], "free_bytes": 5, "index_used_share": 0.1}
+    live.answers["health"] = well
+    assert shell("health", live.source) == (0, "well\n", "")
+    assert shell.json("health", live.source) == well
+    live.answers["health"] = {**well, "healthy": False, "problems": [{"check": "disk", "problem": "nearly full"}]}
+    assert shell("health", live.source) == (1, "disk: nearly full\n", "")
+
+
 def test_settle(shell: Shell, live: FakeMount) -> None:
     live.answers["settle"] = {"settled": 5}
     assert shell.json("settle", live.source) == {"settled": 5}
@@ -280,6 +295,29 @@ def test_restore_names_what_it_could_not_do(shell: Shell, live: FakeMount) -> No
     assert shell("restore", live.source, "--json")[0] == 1
 
 
+def test_scrub_tells_what_it_found(shell: Shell, live: FakeMount) -> None:
+    finding = {
+        "kind": "blob",
+        "digest": "ab" * 16,
+        "problem": "its bytes are not what its digest says",
+        "fate": "healed",
+        "paths": ["a\n.jpg"],
+        "copies": ["b.jpg"],
+    }
+    answer = {"contents": 7, "bytes": 2048, "skipped": 0, "resumed": False, "findings": [finding], "exit_code": 1}
+    live.answers["scrub"] = answer
+    code, out, _ = shell("scrub", live.source, "--rate", "12.5")
+    assert code == 1
+    assert live.asked == [("scrub", {"rate": 12.5})]
+    assert out.splitlines()[:3] == [
+        f"healed: blob {'ab' * 16}: its bytes are not what its digest says",
+        "  a\\x0a.jpg",
+        "  a good copy: b.jpg",
+    ]
+    code, out, _ = shell("scrub", live.source, "--json")
+    assert (code, json.loads(out)) == (1, answer)
+
+
 # -- working on the store itself
 
 
@@ -312,6 +350,42 @@ def test_fsck_tells_what_it_found(shell: Shell, source: Path) -> None:
     assert not leftover.exists()
 
 
+def test_fsck_shows_its_plan(shell: Shell, source: Path) -> None:
+    shell.json("scan", source)
+    leftover = source / ".dedupfs" / "staging" / "refer.1.2.3"
+    leftover.touch()
+    code, out, _ = shell("fsck", source, "--repair", "--dry-run")
+    assert code == 2
+    assert out.startswith("leftovers: .dedupfs/staging/refer.1.2.3: ")
+    assert out.endswith(" (would be taken back, or set aside in quarantine/ if it is not of dedupfs)\n")
+    assert leftover.exists()
+    assert "--repair" in shell.refusal(64, "fsck", source, "--dry-run")
+
+
+def test_gc_and_leave_of_a_store(shell: Shell, source: Path) -> None:
+    shell.json("scan", source)
+    blob = source / ".dedupfs" / "blobs" / "ab" / ("ab" * 16 + ".0")
+    blob.parent.mkdir()
+    blob.write_bytes(bytes(2048))
+    assert "would be moved to the trash  1 blobs, 2.0 KiB" in shell("gc", source, "--dry-run")[1]
+    assert blob.exists()
+    assert shell.json("gc", source)["unreferenced"] == 1
+    assert not blob.exists()
+    assert "stay in the trash     1 blobs, 2.0 KiB" in shell("gc", source)[1]
+    (source / ".dedupfs" / "mine").touch()
+    code, out, _ = shell("leave", source)
+    assert code == 1
+    assert (
+        out.splitlines()[0] == "in the way: .dedupfs/mine: would be lost with the store; look at it, and move it away"
+    )
+    (source / ".dedupfs" / "mine").unlink()
+    assert shell("leave", source)[:2] == (
+        0,
+        "restored   0\nproven     2 files, 2.0 KiB\nthe store  is removed\n",
+    )
+    assert sorted(path.name for path in source.iterdir()) == ["a.jpg", "folder"]
+
+
 def test_an_owned_store_is_left_alone(shell: Shell, source: Path) -> None:
     with closing(Backing(str(source))) as backing, Store(backing):
         for command in ("scan", "restore", "rebuild", "fsck"):
@@ -321,7 +395,7 @@ def test_an_owned_store_is_left_alone(shell: Shell, source: Path) -> None:
 # -- failing
 
 
-@pytest.mark.parametrize("command", ["status", "settle", "duplicates"])
+@pytest.mark.parametrize("command", ["status", "health", "settle", "duplicates"])
 def test_these_need_a_mount(shell: Shell, source: Path, command: str) -> None:
     assert "not mounted" in shell.refusal(67, command, source)
 
@@ -331,12 +405,12 @@ def test_a_source_that_is_not_there(shell: Shell, source: Path, command: str) ->
     assert "absent" in shell.refusal(66, command, source / "absent")
 
 
-@pytest.mark.parametrize("command", ["rebuild", "fsck"])
+@pytest.mark.parametrize("command", ["rebuild", "fsck", "leave", "gc"])
 def test_these_need_the_store_to_themselves(shell: Shell, live: FakeMount, command: str) -> None:
     assert "umount" in shell.refusal(75, command, live.source)
 
 
-@pytest.mark.parametrize("command", ["restore", "rebuild", "fsck"])
+@pytest.mark.parametrize("command", ["restore", "scrub", "leave", "rebuild", "fsck", "gc", "report"])
 def test_these_make_no_store(shell: Shell, source: Path, command: str) -> None:
     assert "no dedupfs store" in shell.refusal(66, command, source)
     assert not (source / ".dedupfs").exists()
@@ -372,11 +446,16 @@ def test_ctrl_c(live: FakeMount) -> None:
         return {}
 
     live.answers["settle"] = wait
-    with start("settle", live.source) as process:
-        assert asked.wait(10)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
-        release.set()
+    # A shell that starts us in the background has it ignored, which children inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with start("settle", live.source) as process:
+            assert asked.wait(10)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=10)
+            release.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (process.returncode, err) == (130, b"dedupfs: interrupted\n")
 
 

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 
 from dedupfs import codec
 from dedupfs.errors import StoreError
-from dedupfs.model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Reference, Stamp
+from dedupfs.model import (
+    ContentKey,
+    Damage,
+    DamageKind,
+    Digest,
+    FileRecord,
+    FileState,
+    Ino,
+    Link,
+    Reference,
+    ScrubPass,
+    Stamp,
+    Verified,
+)
 
 unsigned = st.integers(0, 2**64 - 1)
 signed = st.integers(-(2**63), 2**63 - 1)
@@ -138,3 +151,25 @@ def test_links_and_pending_files_without_a_name(length: int) -> None:
 def test_what_does_not_fit_is_refused(content: ContentKey) -> None:
     with pytest.raises(struct.error):
         codec.encode_content(content)
+
+
+@given(content=contents, scrub=st.integers(0, 2**32 - 1), time_s=st.integers(-(2**63), 2**63 - 1))
+def test_records_of_scrubs(content: ContentKey, scrub: int, time_s: int) -> None:
+    verified = Verified(scrub, time_s)
+    assert codec.decode_verified(codec.encode_verified(verified)) == verified
+    whole = ScrubPass(scrub, time_s, 0)
+    assert codec.decode_scrub_pass(codec.encode_scrub_pass(whole)) == whole
+    damage = Damage(content, DamageKind.FILE, Ino(scrub), 5, time_s, 7, "its bytes … differ")
+    assert codec.decode_damage(*codec.encode_damage(damage)) == damage
+
+
+def test_records_of_scrubs_of_another_version() -> None:
+    key, value = codec.encode_damage(Damage(ContentKey(Digest(bytes(16))), DamageKind.BLOB, Ino(1), 2, 3, 4, "bad"))
+    for other in (b"\x02" + value[1:], value[:5], b""):
+        with pytest.raises(StoreError):
+            codec.decode_damage(key, other)
+    with pytest.raises(StoreError):
+        codec.decode_damage(key[:18] + b"\x09" + key[19:], value)
+    for decode in (codec.decode_verified, codec.decode_scrub_pass):
+        with pytest.raises(StoreError):
+            decode(b"\x02")

@@ -1,9 +1,12 @@
 """`-o` strings mean what mount(8) says they mean, and everything else is refused in one helpful line."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dedupfs import config
 from dedupfs.config import MountOptions, Share, parse_options
@@ -141,3 +144,166 @@ def test_debugging(monkeypatch: pytest.MonkeyPatch, value: str | None, *, wanted
     if value is not None:
         monkeypatch.setenv("DEDUPFS_DEBUG", value)
     assert config.debugging() is wanted
+
+
+# -- files
+
+
+def told(tmp_path: Path, text: str, options: str = "", *, privileged: bool = True) -> config.Configuration:
+    file = tmp_path / "some.toml"
+    file.write_text(text, encoding="utf-8")
+    return config.read_configuration(options, privileged=privileged, file=str(file))
+
+
+def origins(configuration: config.Configuration) -> dict[str, tuple[object, str]]:
+    return {
+        setting.name: (setting.value, setting.origin.rpartition("/")[2])
+        for setting in configuration.settings
+        if setting.origin != "default"
+    }
+
+
+EVERY_KEY = """\
+# all there are
+source = "/srv/private"
+mountpoint = "/srv/photos"
+share = "reference"
+"passthrough" = "off"
+ro = true
+noatime = true
+nodev = true
+nosuid = true
+noexec = true
+sync = true
+dirsync = true
+min_size = "64K"
+include = ["permits/"]
+exclude = ["*.tmp", "a,b"]
+scrub_rate = 2.5
+metrics = 9100
+allow_other = true
+"""
+
+
+def test_every_key(tmp_path: Path) -> None:
+    configuration = told(tmp_path, EVERY_KEY)
+    options = configuration.options
+    assert (configuration.source, configuration.mountpoint) == ("/srv/private", "/srv/photos")
+    assert (options.share, options.passthrough.value, options.read_only) == (Share.REFERENCE, "off", True)
+    assert options.rules is not None
+    assert (options.rules.min_size_bytes, options.rules.exclude) == (65536, (b"*.tmp", b"a,b"))
+    assert (options.scrub_rate_mb_s, options.metrics) == (2.5, "9100")
+    assert sorted(options.fuse_words) == [
+        *("allow_other", "default_permissions", "dirsync", "noatime", "noexec", "ro", "sync"),
+    ]
+    known = origins(configuration)
+    assert known["share"] == ("reference", "some.toml:4")
+    assert known["passthrough"] == ("off", "some.toml:5")
+    assert set(EVERY_KEY.replace('"', "").split()) >= set(known)
+    assert len(known) == len(configuration.settings)
+
+
+def test_options_win(tmp_path: Path) -> None:
+    text = 'share = "reference"\nro = true\nexclude = ["*.tmp"]\n'
+    configuration = told(tmp_path, text, "rw,exclude=x/,exclude=*.bak,noatime")
+    assert not configuration.options.read_only
+    assert origins(configuration) == {
+        "share": ("reference", "some.toml:1"),
+        "ro": (False, "-o"),
+        "exclude": (("x/", "*.bak"), "-o"),
+        "noatime": (True, "-o"),
+        "allow_other": (True, "root"),
+    }
+
+
+def test_a_file_named_in_the_options(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("noatime = true")
+    assert parse_options(f"config={file}", privileged=True).noatime
+    with pytest.raises(UsageError, match="contradict"):
+        config.read_configuration(f"config={file}", privileged=True, file="/another")
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        parse_options(f"config={tmp_path}/absent", privileged=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("ro = true\nfrob = 1", 2, "'frob' is unknown; known are source, mountpoint, share"),
+        ("\n\nshare = 'hardlink'", 3, "use share=auto|reference|reflink"),
+        ("share = true", 1, "share is a string, not True"),
+        ("ro = 1", 1, "ro is true or false, not 1"),
+        ("ro = 'yes'", 1, "true or false"),
+        ("[ro]\nx = 1", 1, "true or false"),
+        ("min_size = -1", 1, "no number of bytes"),
+        ("min_size = '1T'", 1, "K, M or G"),
+        ("min_size = true", 1, "no number of bytes"),
+        ("scrub_rate = -1", 1, "0 sets no bound"),
+        ("scrub_rate = nan", 1, "million bytes"),
+        ("scrub_rate = []", 1, "a number"),
+        ("exclude = 'x'", 1, "a list of strings"),
+        ("\nexclude = [1]", 2, "1 is no glob"),
+        ("exclude = ['']", 1, "no glob"),
+        ("exclude = ['[z-a]']", 1, "no glob"),
+        ("metrics = 0", 1, "PORT"),
+        ("metrics = 'host:'", 1, "PORT"),
+        ("source = 'relative'", 1, "absolute"),
+        ("ro = true\nro = false", 2, ""),
+        ("ro = ", 1, ""),
+        ("allow_other = false", 1, "root's mounts always"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, line: int, reason: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        told(tmp_path, text)
+    message = str(refusal.value)
+    assert reason in message
+    assert "\n" not in message
+    assert message.startswith(f"{tmp_path}/some.toml:")
+    assert f"some.toml:{line}: " in message
+
+
+def test_what_only_root_may(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"some\.toml:1: only root can mount with dev"):
+        told(tmp_path, "nodev = false", privileged=False)
+    assert told(tmp_path, "nosuid = true", privileged=False).options.fuse_words == ("default_permissions",)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_settings_or_refused(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "fuzzed.toml"
+    file.write_bytes(raw)
+    with contextlib.suppress(UsageError):
+        config.read_configuration("", privileged=True, file=str(file))
+
+
+@given(st.text(max_size=80))
+def test_any_options_are_settings_or_refused(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        parse_options(text, privileged=True)
+
+
+@pytest.mark.parametrize(
+    ("instance", "path"),
+    [
+        ("srv-photos", "/srv/photos"),
+        (r"srv-my\x2dphotos", "/srv/my-photos"),
+        (r"caf\xc3\xa9", "/café"),
+        ("-", "/"),
+    ],
+)
+def test_the_path_of_an_instance(instance: str, path: str) -> None:
+    assert config.instance_path(instance) == path
+
+
+@pytest.mark.parametrize("instance", ["", "..", "a/b"])
+def test_no_instance(instance: str) -> None:
+    with pytest.raises(UsageError):
+        config.instance_file(instance)
+
+
+def test_the_file_of_an_instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "CONFIGURATIONS", str(tmp_path))
+    assert config.instance_file("archive") is None
+    (tmp_path / "archive.toml").touch()
+    assert config.instance_file("archive") == str(tmp_path / "archive.toml")

@@ -17,6 +17,7 @@ LAYERS = [
     "errors",
     "model",
     # pure
+    "rules",
     "config",
     "digest",
     "codec",
@@ -25,8 +26,10 @@ LAYERS = [
     "authority",
     # storage
     "backing",
+    "readme",
     "store",
     "blobs",
+    "trash",
     "imagetables",
     "index",
     "decisions",
@@ -51,14 +54,25 @@ LAYERS = [
     "fileio",
     "vfs",
     "reconcile",
+    "scrub",
+    "restore",
+    "report",
+    "health",
     "engine",
     "fsck",
+    "gc",
+    "leave",
+    "estimate",
     # edges
+    "hardlinks",
     "passthrough",
     "control",
+    "notify",
+    "metrics",
     "libfuse",
     "fusefs",
     "mount",
+    "page",
     "cli",
     "__main__",
 ]
@@ -66,6 +80,7 @@ LAYERS = [
 # A library is the business of one module; another may take its place without the rest noticing.
 OWNERS = {
     "lmdb": "index",
+    "prometheus_client": "metrics",
     "mfusepy": "libfuse",
     "xxhash": "digest",
     "PIL": "phash",
@@ -75,6 +90,7 @@ OWNERS = {
 # Importing inside a function hides a circle, or is needed: (importer, imported) with the reason.
 LATE = {
     ("engine", "imaging"),  # loads numpy, which commands without a mount do without
+    ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
     ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before

@@ -17,9 +17,12 @@ class Recorder:
     def __init__(self) -> None:
         self.paths: list[bytes | None] = []
 
-    def restore(self, paths: list[bytes], _progress: Progress) -> dict[str, object]:
+    def restore(self, paths: list[bytes], _progress: Progress, *, dry_run: bool = False) -> dict[str, object]:
         self.paths += paths
-        return {}
+        return {"dry_run": dry_run}
+
+    def scrub(self, _progress: Progress, rate_mb_s: float | None = None) -> dict[str, object]:
+        return {"rate": rate_mb_s}
 
     def duplicates(self, path: bytes | None) -> object:
         self.paths.append(path)
@@ -77,3 +80,19 @@ def test_the_store_is_not_there(engine: Recorder, path: str) -> None:
 )
 def test_mount_table_fields(field: str, path: str) -> None:
     assert mount._unescape(field) == path
+
+
+def test_a_dry_run_is_one_only_when_asked_for(engine: Recorder) -> None:
+    assert ask(engine, "restore") == {"dry_run": False}
+    assert ask(engine, "restore", dry_run=True) == {"dry_run": True}
+
+
+@pytest.mark.parametrize("rate", [None, 0, 12, 2.5])
+def test_a_rate_of_a_scrub(engine: Recorder, rate: float | None) -> None:
+    assert ask(engine, "scrub", rate=rate) == {"rate": rate}
+
+
+@pytest.mark.parametrize("rate", [-1, "fast", True, [], float("nan"), float("inf")])
+def test_a_rate_that_makes_no_sense_is_refused(engine: Recorder, rate: object) -> None:
+    with pytest.raises(UsageError):
+        ask(engine, "scrub", rate=rate)

@@ -416,3 +416,14 @@ def test_waiting_for_a_reader_that_may_have_closed(files: OpenFiles, descriptor:
     files.release(reader, nothing)
     waiter.ends()
     assert files.wait_until_closed(None, 0)
+
+
+def test_waiting_for_a_writer_that_may_have_closed(files: OpenFiles, descriptor: Callable[[], int]) -> None:
+    writer = files.register(KEY, descriptor(), writes=True)
+    writer.inode.dirty, writer.silent = True, True
+    assert not files.wait_until_closed(KEY, _PATIENCE_S)  # nor for long
+    waiter = Worker(lambda: files.wait_until_closed(KEY, _PATIENCE_S))
+    assert waiter.waits()
+    files.release(writer, nothing)
+    waiter.ends()
+    assert files.wait_until_closed(None, 0)

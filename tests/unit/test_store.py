@@ -41,7 +41,9 @@ def test_the_first_use_makes_it(tmp_path: Path, backing: Backing) -> None:
         assert known["version"] == 1
         assert known["uuid"] == made.uuid == str(uuid.UUID(made.uuid))
         assert known["references"] == ("trusted" if os.geteuid() == 0 else "user")
-        assert {"blobs", "index", "staging", "orphans", "quarantine", "lock", "format"} == set(os.listdir(inside))
+        assert {"blobs", "index", "staging", "orphans", "quarantine", "lock", "format", "README"} == set(
+            os.listdir(inside)
+        )
 
 
 def test_it_keeps_its_name(store: Path, backing: Backing) -> None:

@@ -101,14 +101,14 @@ def test_what_it_answers_is_the_description(workers: Workers) -> None:
 def test_what_a_worker_can_do(user: int | None) -> None:
     if os.geteuid() != 0:
         user = None
-    python, path = sys.executable, str(REPOSITORY)
+    python, environment = sys.executable, {"PYTHONPATH": str(REPOSITORY)}
     if user is not None:
-        python, path = str(users.interpreter()), users.search_path(REPOSITORY)
+        python, environment = str(users.interpreter()), users.environment(REPOSITORY)
     outside = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
     try:
         done = subprocess.run(
             [python, "-c", _ATTEMPTS, str(outside), str(os.getpid())],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **environment},
             pass_fds=(outside,),
             capture_output=True,
             text=True,

@@ -1,0 +1,89 @@
+"""dedupfs report SOURCE|MOUNT"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from typing import Any
+
+from .. import control, page
+from ..engine import Engine
+from ..estimate import PRICES_USD
+from ..model import Progress
+from .estimate import price_of
+from .output import add_json, print_facts, print_json, printable, size_text
+from .targets import ask_or_open, require_store
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="what is duplicate where, as a page for an office",
+        description="Tell what an archive holds and what sharing saves: by top-level folder, by pairs of folders that "
+        "have the same files, and the largest groups. --html writes one page that needs nothing else, for a browser or "
+        "paper.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", metavar="SOURCE|MOUNT")
+    parser.add_argument("--html", metavar="FILE", help="write the page there, replacing what is there")
+    parser.add_argument("--csv", action="store_true", help="print the largest groups as CSV, a line for each file")
+    parser.add_argument(
+        "--price-per-gb-month",
+        metavar="P",
+        type=price_of,
+        help="what a gigabyte (10^9 bytes) of storage costs per month; by default 0.08 to 0.23 USD",
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if control.find_mount(arguments.target) is None:
+        require_store(arguments.target)
+
+    def offline(engine: Engine, progress: Progress) -> object:
+        return engine.report(progress)
+
+    answer = ask_or_open(arguments.target, "report", {}, offline)
+    price = arguments.price_per_gb_month
+    prices, currency = (PRICES_USD, "USD") if price is None else ((price,), "")
+    if arguments.html is not None:
+        made_at = time.strftime("%Y-%m-%d %H:%M")
+        _write(arguments.html, page.render(answer, prices=prices, currency=currency, made_at=made_at))
+    if arguments.json:
+        print_json(answer)
+    elif arguments.csv:
+        sys.stdout.write(page.lines(answer))
+    elif arguments.html is None:
+        _show(answer, page.money(answer["saved_bytes"], prices, currency))
+    return 0
+
+
+def _write(path: str, text: str) -> None:
+    """Whole, or not at all."""
+    descriptor, draft = tempfile.mkstemp(prefix=".report-", dir=os.path.dirname(os.path.abspath(path)))
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise
+
+
+def _show(answer: dict[str, Any], saved: str) -> None:
+    print_facts(
+        [
+            ("files", f"{answer['files']:,}, {size_text(answer['logical_bytes'])}"),
+            ("duplicate", f"{answer['duplicate_files']:,}, {size_text(answer['duplicate_bytes'])}"),
+            ("saved", f"{size_text(answer['saved_bytes'])}, {saved} a month"),
+            ("not known", f"{answer['unknown'] + answer['unreadable']:,}"),
+        ]
+    )
+    for folder in sorted(answer["folders"], key=lambda folder: -int(folder["bytes"])):
+        name, duplicate = printable(folder["name"]), size_text(folder["duplicate_bytes"])
+        print(f"{name}: {folder['files']:,} files, {size_text(folder['bytes'])}; duplicate {duplicate}")
