@@ -178,7 +178,9 @@ class Describer:
                         return
                     self._complain(str(reason))
                 except StoreError as error:
-                    log.error("%s; describing goes on later", error)
+                    if self._complained != str(error):
+                        log.error("%s; describing goes on later", error)
+                        self._complained = str(error)
                     self._pause(_RETRY_S)
                 except Exception:
                     # A bug that one picture meets must not leave all others undescribed.

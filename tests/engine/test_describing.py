@@ -1,0 +1,111 @@
+"""Describing gives way: to an index that cannot be written, to files that change, to who takes the mount down."""
+
+import io
+import os
+
+import pytest
+from PIL import Image
+
+from dedupfs import describing
+from dedupfs.describing import looks_like_picture
+from dedupfs.errors import IndexDamaged
+from dedupfs.index import Batch
+from dedupfs.model import ImageState, Ino
+from tests.engine.bench import Bench, impatient
+from tests.support import hostile
+from tests.support.photos import photographs
+
+
+def picture(number: int = 0) -> bytes:
+    return photographs(number + 1, jpeg=True)[number].read_bytes()
+
+
+def state_of(bench: Bench, path: str) -> ImageState | None:
+    record = bench.engine.index.file(Ino(os.lstat(bench.below(path)).st_ino))
+    assert record is not None
+    entry = bench.engine.index.images.entry(record.content)
+    return None if entry is None else entry.state
+
+
+def test_without_a_mount_pictures_wait_for_one(bench: Bench) -> None:
+    bench.write("one.jpg", picture())
+    bench.write("text", b"no picture")
+    bench.settle()
+    assert bench.status()["pictures_waiting"] == 2
+    bench.reopen(start=True)
+    bench.settle()
+    assert state_of(bench, "one.jpg") is ImageState.DESCRIBED
+    assert state_of(bench, "text") is ImageState.NO_PICTURE
+    assert bench.status()["pictures_waiting"] == 0
+
+
+def test_an_index_that_cannot_be_written_now(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Describing goes on when it can be, and does not keep the mount from going down meanwhile."""
+    commit, refused = Batch.commit, []
+
+    def commit_without_pictures(batch: Batch) -> None:
+        if batch._described:
+            refused.append(batch)
+            raise IndexDamaged("the index cannot be written (a full disk)")
+        commit(batch)
+
+    monkeypatch.setattr(describing, "_RETRY_S", 0.02)
+    monkeypatch.setattr(Batch, "commit", commit_without_pictures)
+    bench.expect_log("describing goes on later")
+    bench.reopen(start=True)
+    bench.write("one.jpg", picture())
+    bench.engine.settle(impatient(), exact=True)
+    bench.wait_for(lambda: len(refused) > 3)
+    bench.reopen(start=True)
+    bench.wait_for(lambda: len(refused) > 6)
+    assert state_of(bench, "one.jpg") is ImageState.WAITING
+    monkeypatch.setattr(Batch, "commit", commit)
+    bench.settle()
+    assert state_of(bench, "one.jpg") is ImageState.DESCRIBED
+
+
+def test_a_file_that_changed_behind_our_back_is_not_described_as_what_it_was(bench: Bench) -> None:
+    bench.write("one.jpg", picture())
+    bench.settle()
+    bench.below("one.jpg").write_bytes(picture(1))
+    bench.reopen(start=True)
+    assert bench.engine.imaging is not None
+    assert bench.engine.imaging.describer.wait_idle(30)
+    assert state_of(bench, "one.jpg") is ImageState.WAITING
+    bench.scan()
+    bench.settle()
+    assert state_of(bench, "one.jpg") is ImageState.DESCRIBED
+    assert bench.status()["pictures_waiting"] == 0
+
+
+def test_one_content_is_described_once_from_file_or_blob(bench: Bench) -> None:
+    bench.reopen(start=True)
+    for name in ("one.jpg", "two.jpg", "three.jpg"):
+        bench.write(name, picture())
+    bench.settle()
+    assert bench.is_reference("one.jpg")
+    assert bench.status()["pictures_described"] == 1
+    bench.unlink("one.jpg")
+    bench.unlink("two.jpg")
+    bench.settle()
+    assert bench.status()["pictures_described"] == 1
+    bench.unlink("three.jpg")
+    bench.settle()
+    assert bench.status()["pictures_described"] == 0
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])
+def test_a_picture_is_known_by_its_first_bytes(kind: str) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(out, kind)
+    assert looks_like_picture(out.getvalue()[:32])
+
+
+@pytest.mark.parametrize("head", [b"", b"B", b"BM", b"GIF", b"%PDF-1.7", b"PK\3\4", b"RIFF\0\0\0\0WAVE", b"text"])
+def test_what_is_no_picture(head: bytes) -> None:
+    assert not looks_like_picture(head)
+
+
+def test_hostile_files_look_like_pictures() -> None:
+    """Or they would never come to a worker."""
+    assert sum(looks_like_picture(data[:32]) for _, data in hostile.malformed(200, 3)) > 120
