@@ -70,7 +70,7 @@ def leave(source: str, *, dry_run: bool, progress: Progress) -> Departure:
         else:
             _restore_and_prove(engine, departure, progress)
         for path in _strangers(engine.backing):
-            departure.refuse(path, "would be lost with the store; look at it, and move it away")
+            departure.refuse(path, _KEPT.get(path, "would be lost with the store; look at it, and move it away"))
     if not departure.refused and not dry_run:
         _remove(source)
     return departure
