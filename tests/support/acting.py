@@ -1,5 +1,6 @@
 """Acting as somebody else, in a process of its own."""
 
+import encodings.ascii  # noqa: F401 - loaded while Python's library can be read, which may lie in root's home
 import os
 import traceback
 from collections.abc import Callable
