@@ -23,6 +23,7 @@ import errno
 import itertools
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,7 +31,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from .backing import Backing
-from .blobs import Blobs
+from .blobs import Blobs, parse_name
 from .digest import same_bytes
 from .errors import DamagedContent, StoreError
 from .journal import Shared
@@ -39,6 +40,8 @@ from .openfiles import Gate, InUse, Key, OpenFiles, Watch
 from .store import QUARANTINE, STAGING
 
 log = logging.getLogger(__name__)
+
+_STAGED = re.compile(rb"(publish|heal|refer)\.[0-9]{1,20}\.[0-9]{1,10}\.[0-9]+|probe\.[0-9]{1,10}\.[0-9]+")
 
 
 class Changed(Exception):
@@ -356,14 +359,24 @@ class ReferenceSharing:
                 st = self._backing.lstat(path)
             except FileNotFoundError:
                 continue  # the copy of a blob that was not finished: healing was undone before, which made it anew
-            if entry.name.partition(".")[0] not in ("publish", "heal", "refer", "probe", "detach"):
-                # Not a name of ours. Somebody's bytes: keep them.
-                self._backing.rename(path, QUARANTINE + b"/" + os.fsencode(entry.name))
-                log.warning("set aside %s, found in staging", entry.name)
-            elif stat.S_ISREG(st.st_mode):
+            if stat.S_ISREG(st.st_mode) and _is_name_in_staging(os.fsencode(entry.name)):
                 self._take_back(path)
                 count += 1
+            else:
+                self._set_aside(path)
+                log.warning("set aside %s, found in staging", entry.name)
         return count
+
+    def _set_aside(self, path: bytes) -> None:
+        """What is not ours is somebody's: keep it, and what was kept of that name before."""
+        name = os.path.basename(path)
+        numbered = (b"%s.%d" % (name[:200], number) for number in itertools.count())
+        for aside in itertools.chain([name] if name != b"index" else [], numbered):
+            try:
+                self._backing.lstat(QUARANTINE + b"/" + aside)
+            except FileNotFoundError:
+                self._backing.rename(path, QUARANTINE + b"/" + aside)
+                return
 
     def _take_back(self, staged: bytes) -> None:
         """Undo what a staged reference was made for, and delete it.
@@ -387,6 +400,14 @@ class ReferenceSharing:
         if label == b"heal":
             self._blobs.drop_from_quarantine(int(ino))
         self._backing.unlink(staged)
+
+
+def _is_name_in_staging(name: bytes) -> bool:
+    """Whether it is one that we give. docs/format.md lists them."""
+    label, _, rest = name.partition(b".")
+    if label == b"detach":
+        return parse_name(os.fsdecode(rest)) is not None
+    return _STAGED.fullmatch(name) is not None
 
 
 def abandon(backing: Backing, fd: int, reference: Reference) -> None:
