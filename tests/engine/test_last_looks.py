@@ -3,6 +3,7 @@
 What comes is made to come at a named system call, so that nothing depends on time.
 """
 
+import errno
 import os
 import stat
 import time
@@ -218,6 +219,31 @@ def test_a_blob_that_somebody_else_published_meanwhile_stays(bench: Bench, at: A
     assert made == [bench.the_blob().stat().st_ino]
     assert bench.read("known") == bench.read("new") == DATA
     assert bench.is_reference("new")
+
+
+@pytest.mark.parametrize("call", ["rename", "open", "set_mtime"])
+def test_a_file_that_could_not_be_replaced_is_no_blob(bench: Bench, at: At, call: str) -> None:
+    """Whoever wrote to it would change what others read."""
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    bench.expect_log("cannot share")
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    with bench.opened("known"):
+        staging = b".dedupfs/staging/publish"
+        at.do(fail, name=call, of=lambda path: call == "set_mtime" or path.startswith(staging))
+        bench.settle()
+    assert at.done
+    if call == "set_mtime":  # after the rename, and not worth undoing anything for
+        assert bench.is_reference("known")
+        return
+    assert bench.below("known").stat().st_nlink == 1
+    assert bench.blobs() == []
+    assert bench.inside("staging") == []
+    assert bench.read("known") == bench.read("new") == DATA
 
 
 def test_a_blob_that_is_somebodys_file_as_well_gets_no_new_references(bench: Bench) -> None:

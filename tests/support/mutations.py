@@ -104,7 +104,7 @@ MUTATIONS = [
         "a file whose publishing failed keeps the blob's name", "sharing",
         "                self._take_back(staged)\n                for fd in spare:",
         "                self._backing.unlink(staged)\n                for fd in spare:",
-        4, (_ENGINE + "test_failures.py::test_every_call_of_settling_fails_once",),
+        4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "the blob's name is not flushed where metadata keep no order", "sharing",
