@@ -37,7 +37,7 @@ from .errors import DamagedContent, StoreError
 from .journal import Shared
 from .model import ContentKey, FileState, Ino, Link, Reference, Stamp
 from .openfiles import Gate, InUse, Key, OpenFiles, Watch
-from .store import QUARANTINE, STAGING
+from .store import STAGING, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -363,20 +363,8 @@ class ReferenceSharing:
                 self._take_back(path)
                 count += 1
             else:
-                self._set_aside(path)
-                log.warning("set aside %s, found in staging", entry.name)
+                set_aside(self._backing, path)
         return count
-
-    def _set_aside(self, path: bytes) -> None:
-        """What is not ours is somebody's: keep it, and what was kept of that name before."""
-        name = os.path.basename(path)
-        numbered = (b"%s.%d" % (name[:200], number) for number in itertools.count())
-        for aside in itertools.chain([name] if name != b"index" else [], numbered):
-            try:
-                self._backing.lstat(QUARANTINE + b"/" + aside)
-            except FileNotFoundError:
-                self._backing.rename(path, QUARANTINE + b"/" + aside)
-                return
 
     def _take_back(self, staged: bytes) -> None:
         """Undo what a staged reference was made for, and delete it.

@@ -1,4 +1,4 @@
-"""Things of any name in `.dedupfs/staging`: the store starts, and nothing of somebody else's is lost."""
+"""Things of any name in `.dedupfs/staging` and orphans: the store starts, and nothing of somebody else's is lost."""
 
 import os
 import string
@@ -76,6 +76,23 @@ def test_what_is_no_file(bench: Bench, name: str, kind: str) -> None:
         assert bench.inside("staging") == []
     assert len(bench.inside("quarantine")) == 2
     assert outside.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+@pytest.mark.parametrize("name", ["notes", "index", ".fuse_hidden", ".fuse_hidden0000000100000001", "x.fuse_hidden"])
+def test_what_is_no_orphan(bench: Bench, name: str, kind: str) -> None:
+    """What libfuse called so was unlinked while it was open, and goes. Nothing else does."""
+    bench.expect_log("set aside", "was not stopped", "unclean")
+    for number in range(2):
+        path = bench.source / ".dedupfs/orphans" / name
+        if kind == "directory":
+            path.mkdir()
+            path /= "inside"
+        path.write_bytes(b"somebody's %d" % number)
+        start_again(bench)
+        assert bench.inside("orphans") == []
+    kept = 0 if kind == "file" and name.startswith(".fuse_hidden") else 2
+    assert len(bench.inside("quarantine")) == kept
 
 
 names = st.text(string.ascii_lowercase + string.digits + ".-_ ٣", min_size=1, max_size=30)

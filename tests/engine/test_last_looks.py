@@ -16,10 +16,11 @@ import xxhash
 from dedupfs import matching
 from dedupfs.backing import Backing
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
-from dedupfs.model import Caller, Digest
+from dedupfs.index import Batch
+from dedupfs.model import Caller, ContentKey, Digest
 from dedupfs.openfiles import Watch
 
-from .bench import BLOCK, Bench, Running, Tampered, content, few_bits
+from .bench import BLOCK, ME, Bench, Running, Tampered, content, few_bits
 
 DATA = content("same", 3 * BLOCK + 100)
 OTHER = content("other", len(DATA))
@@ -92,6 +93,34 @@ def test_written_while_it_is_hashed(bench: Bench, at: At) -> None:
         bench.scan()
     assert next(writes, None) is None
     assert bench.digest("file") == digest_of(b"CHANGED" + DATA[7:])
+
+
+def test_opened_for_writing_while_it_is_hashed(bench: Bench) -> None:
+    """Who opens the file around the mount is held up by a lease. When he is let go he writes into the file: it must not
+    have become a reference by then, whose old inode nobody sees."""
+    writers: list[Running] = []
+    path = bench.below("new")
+
+    def write() -> None:
+        with open(path, "r+b", buffering=0) as file:
+            file.write(b"OUTSIDE")
+
+    def hasher(fd: int, checkpoint: Checkpoint = proceed) -> Digest:
+        found = hash_descriptor(fd, checkpoint)
+        if not writers and os.path.exists(path) and os.path.samestat(os.fstat(fd), path.stat()):
+            writers.append(Running(write))
+            bench.wait_for(lambda: Backing.lease_is_breaking(fd))
+        return found
+
+    bench.reopen(hasher=hasher)
+    bench.write("known", DATA)
+    bench.settle()
+    bench.put("new", DATA)
+    bench.scan()
+    writers[0].join()
+    bench.scan()
+    assert bench.read("new") == b"OUTSIDE" + DATA[7:]
+    assert bench.read("known") == DATA
 
 
 def test_a_digest_is_taken_down_when_its_time_stamp_can_have_no_second_meaning(bench: Bench, at: At) -> None:
@@ -221,6 +250,30 @@ def test_a_blob_that_somebody_else_published_meanwhile_stays(bench: Bench, at: A
     assert bench.is_reference("new")
 
 
+def test_a_copy_that_could_not_be_replaced_heals_all_the_same(bench: Bench, at: At) -> None:
+    """References read the good bytes by then: undoing leaves them these, in an inode that is nobody's file."""
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    blob = bench.the_blob()
+    with open(blob, "rb") as file:
+        Backing.fset_immutable(file.fileno(), immutable=False)
+    blob.write_bytes(bytes(len(DATA)))
+    bench.expect_log("cannot share", "was damaged; healed with")
+    bench.write("three", DATA)
+    at.do(fail, name="rename", of=lambda path: path.startswith(b".dedupfs/staging/heal"))
+    bench.settle()
+    assert at.done
+    assert bench.read("one") == bench.read("two") == bench.read("three") == DATA
+    assert bench.the_blob().stat().st_nlink == bench.below("three").stat().st_nlink == 1
+    bench.write_at("three", b"CHANGED", 0)
+    assert bench.read("one") == DATA
+
+
 @pytest.mark.parametrize("call", ["rename", "open", "set_mtime"])
 def test_a_file_that_could_not_be_replaced_is_no_blob(bench: Bench, at: At, call: str) -> None:
     """Whoever wrote to it would change what others read."""
@@ -283,6 +336,102 @@ def test_what_is_not_shared_is_compared_as_well(bench: Bench, why: str, known: s
     put("other", content("other", size_bytes))
     assert "other" not in bench.duplicates("one")
     assert "one" not in bench.duplicates("other")
+
+
+@pytest.mark.parametrize("bench", [("reference", "ext4")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("moment", ["before the look at the journal", "after it"])
+def test_a_copy_is_made_while_its_blob_is_being_removed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The last reference is gone, but for a reader who copies it at the last moment, and closes it."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    source = bench.open_file("one")
+    assert bench.read_from(source) == DATA
+    for name in ("one", "two"):
+        bench.unlink(name)
+    bench.settle()
+    assert len(bench.blobs()) == 1
+    copies: list[Running] = []
+
+    def copy() -> None:
+        target = bench.create_file("copy")
+        assert bench.engine.vfs.io.copy_range(source, 0, target, 0, len(DATA), ME) == len(DATA)
+        bench.close_file(target)
+        bench.close_file(source)
+
+    def begin_copy() -> None:
+        if not copies:
+            copies.append(Running(copy))
+            copies[0].ended(0.3)  # it may have to wait
+
+    if moment == "after it":
+        uses = bench.engine.openfiles.uses
+
+        def uses_later(key: ContentKey) -> bool:
+            begin_copy()
+            return uses(key)
+
+        monkeypatch.setattr(bench.engine.openfiles, "uses", uses_later)
+    else:
+        commit = Batch.commit
+
+        def commit_and_copy(batch: Batch) -> None:
+            commit(batch)
+            begin_copy()
+
+        monkeypatch.setattr(Batch, "commit", commit_and_copy)
+    bench.write("another", OTHER)
+    bench.settle()
+    copies[0].join()
+    bench.settle()
+    assert bench.read("copy") == DATA
+    bench.unlink("copy")
+    bench.settle()
+    assert bench.blobs() == []
+
+
+def test_a_new_file_with_two_names_is_left_alone(bench: Bench) -> None:
+    """And nobody tries again and again to share it."""
+    bench.write("one", DATA)
+    bench.settle()
+    os.link(bench.put("new", DATA), bench.below("new too"))
+    bench.scan()
+    assert not bench.is_reference("new")
+    assert sorted(bench.duplicates("new")) == ["new too", "one"]
+    assert bench.below("new").samefile(bench.below("new too"))
+
+
+def test_a_reference_that_was_written_to_keeps_its_blob_without_an_index(bench: Bench) -> None:
+    """Which of the two contents is wanted a person has to say, also after a rebuild."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.unlink("two")
+    bench.settle()
+    bench.close()
+    with open(bench.below("one"), "r+b") as file:
+        file.write(b"OUTSIDE")
+    bench.open()
+    bench.engine.replace_index()
+    bench.expect_log("written to from outside")
+    bench.expect_findings("foreign-write", "index-stamp")
+    bench.scan()
+    bench.settle()
+    assert bench.the_blob().read_bytes() == DATA
+
+
+def test_what_is_somebodys_file_as_well_is_not_sealed(bench: Bench) -> None:
+    """Else a file that was to become a blob, and did not, could never be changed again."""
+    bench.write("one", DATA)
+    bench.settle()
+    key = ContentKey(Digest(bytes(16)))
+    bench.engine.blobs.publish(b"one", key)
+    bench.engine.blobs.seal(key)
+    assert stat.S_IMODE(bench.below("one").stat().st_mode) == 0o644
+    bench.engine.blobs.remove(key)
+    bench.write_at("one", b"CHANGED", 0)
 
 
 # -- privileges

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from dedupfs import fusefs
 from tests.support.flavours import BOTH_STRATEGIES, ONE_FLAVOUR
 from tests.support.mounted import REPOSITORY, Mounted
 from tests.support.photos import photographs
@@ -26,8 +27,8 @@ WARM_UP_S = 6.0
 
 _MASTERS = 12
 _PATIENCE_S = 30.0
-# libfuse keeps up to ten threads that have nothing to do; those of settling, control and the like come to that.
-_MOST_THREADS = 24
+# Those that serve requests, which stay; and of settling, scanning, control and the like a few each.
+_MOST_THREADS = fusefs._THREADS + 8
 _MOST_GROWTH_BYTES = 48 << 20
 
 

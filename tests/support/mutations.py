@@ -221,7 +221,7 @@ MUTATIONS = [
         "undoing a healing takes the blob from its references", "sharing",
         '                if label == b"publish":',
         "                if True:",
-        3, ("tests/crash/test_steps.py::test_killed_at_every_step", "-k", "heal"),
+        3, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "undoing takes away a blob that another file became", "sharing",
@@ -270,7 +270,7 @@ MUTATIONS = [
         "a file is watched while it is written", "openfiles",
         "(inode is not None and (inode.writers or inode.dirty)):\n                raise InUse",
         "(inode is not None and inode.dirty):\n                raise InUse",
-        4, ("tests/unit/test_openfiles.py",),
+        4, ("tests/unit/test_unseen_writers.py",),
     ),
     Mutation(
         "who passes shared does not wait for who passes exclusively", "openfiles",
@@ -331,13 +331,13 @@ MUTATIONS = [
         "a blob is removed before what is noted is counted", "settle",
         "if undecided or self._openfiles.uses(content):",
         "if self._openfiles.uses(content):",
-        4, (_ENGINE + "test_blobs.py",),
+        4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "a blob is removed outside the gate", "settle",
         "            with self._gate.exclusive():\n                # Inside the gate no app makes a reference",
         "            with suppress():\n                # Inside the gate no app makes a reference",
-        4, (_ENGINE + "test_blobs.py",),
+        4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "a lost batch is forgotten", "settle",
@@ -374,7 +374,7 @@ MUTATIONS = [
         "the lease is not asked", "matching",
         "!= file.stamp or (lease and self._backing.lease_is_breaking(file.fd)):",
         "!= file.stamp:",
-        3, (_ENGINE + "test_open_files.py::test_a_write_from_outside_while_hashing_is_noticed",),
+        3, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "a digest is believed whatever the stamp says", "matching",
@@ -417,7 +417,7 @@ MUTATIONS = [
         "a file with two names becomes a reference", "matching",
         "shareable = st.st_size >= SMALLEST_SHARED_BYTES and st.st_nlink == 1",
         "shareable = st.st_size >= SMALLEST_SHARED_BYTES",
-        4, (_ENGINE + "test_sharing.py",),
+        4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "a hash says equal of a file and a blob", "matching",
@@ -435,7 +435,7 @@ MUTATIONS = [
         "the blob of a reference that was written to is not kept", "matching",
         "                batch.put_file(file.key.ino, record)",
         "                pass",
-        3, (_ENGINE + "test_damage.py",),
+        3, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "the blob of a reference below another store is not kept", "matching",
@@ -473,7 +473,7 @@ MUTATIONS = [
         "a copy refers to a blob that is being removed", "fileio",
         "        with self._gate.shared():  # keeps the blob",
         "        with suppress():  # keeps the blob",
-        4, (_ENGINE + "test_blobs.py::test_it_stays_when_a_copy_is_made_while_it_is_being_removed",),
+        4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "a file that changed is copied by reference", "fileio",
@@ -567,7 +567,7 @@ MUTATIONS = [
         "somebody's file is sealed", "blobs",
         "if self._backing.is_immutable(fd) or os.fstat(fd).st_nlink != 1:",
         "if self._backing.is_immutable(fd):",
-        7, ("tests/unit/test_blobs.py",),
+        7, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "the directory of a blob's directory is not flushed", "blobs",

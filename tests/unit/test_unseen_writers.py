@@ -10,7 +10,7 @@ import pytest
 
 from dedupfs.digest import StreamDigest
 from dedupfs.model import Ino
-from dedupfs.openfiles import Handle, Key, OpenFiles
+from dedupfs.openfiles import Handle, InUse, Key, OpenFiles
 
 LONG_AGO_NS = 3600 * 10**9
 
@@ -79,3 +79,16 @@ def test_a_file_of_just_now_may_have_been_written(tmp_path: Path, monkeypatch: p
 def test_a_digest_of_what_was_seen_is_not_that_of_the_file(old: Path) -> None:
     with writing_unseen(old, StreamDigest()) as handle:
         assert handle.inode.stream is None
+
+
+def test_who_has_written_nothing_yet_is_a_writer(old: Path) -> None:
+    """Nobody hashes or shares the file while he may begin to at any time."""
+    files = OpenFiles()
+    key = Key(1, Ino(1))
+    handle = files.register(key, os.open(old, os.O_RDWR), writes=True)
+    assert not handle.inode.dirty
+    with pytest.raises(InUse), files.watch(key):
+        pass
+    files.release(handle, nothing)
+    with files.watch(key):
+        pass
