@@ -354,9 +354,9 @@ def test_a_copy_is_made_while_its_blob_is_being_removed(
     bench.settle()
     assert len(bench.blobs()) == 1
     copies: list[Running] = []
+    target = bench.create_file("copy")
 
     def copy() -> None:
-        target = bench.create_file("copy")
         assert bench.engine.vfs.io.copy_range(source, 0, target, 0, len(DATA), ME) == len(DATA)
         bench.close_file(target)
         bench.close_file(source)

@@ -137,10 +137,10 @@ MUTATIONS = [
         2, (_ENGINE + "test_order.py",),
     ),
     Mutation(
-        "a reference keeps none of its file's attributes", "sharing",
+        "a reference does not keep its file's mode", "sharing",
         "os.fchmod(fd, stat.S_IMODE(st.st_mode))",
         "pass",
-        9, (_ENGINE + "test_sharing.py::test_what_is_the_files_own_stays",),
+        9, (_ENGINE + "test_sharing.py",),
     ),
     Mutation(
         "a new reference is not noted", "sharing",
@@ -487,6 +487,7 @@ MUTATIONS = [
         "            and not self._settler.is_pending(key.ino)\n",
         "",
         3, (_ENGINE + "test_materialise.py",),
+        "its stamp, and the watch that publishing takes, say the same",
     ),
     Mutation(
         "a file with two names is copied by reference", "fileio",
