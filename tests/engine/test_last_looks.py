@@ -123,6 +123,31 @@ def test_opened_for_writing_while_it_is_hashed(bench: Bench) -> None:
     assert bench.read("known") == DATA
 
 
+@pytest.mark.parametrize("moment", ["link", "rename"])
+def test_opened_for_writing_while_it_becomes_a_blob(bench: Bench, at: At, moment: str) -> None:
+    """As above, for the known file: what was opened is the blob by the time that it is written to, and ext4 writes to
+    nothing that is immutable, whenever it was opened."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    writers: list[Running] = []
+    path = bench.below("known")
+
+    def write() -> None:
+        with open(path, "r+b", buffering=0) as file, pytest.raises(PermissionError):
+            file.write(b"OUTSIDE")
+
+    def come() -> None:
+        fd = next(int(fd) for fd, target in bench._open_descriptors() if target == str(path))
+        writers.append(Running(write))
+        bench.wait_for(lambda: Backing.lease_is_breaking(fd))
+
+    at.do(come, name=moment)
+    bench.settle()
+    writers[0].join()
+    assert bench.read("known") == bench.read("new") == DATA
+
+
 def test_a_digest_is_taken_down_when_its_time_stamp_can_have_no_second_meaning(bench: Bench, at: At) -> None:
     """A write within the same tick of the clock would leave the stamp as it is, so that tick has to be over."""
     ages = []

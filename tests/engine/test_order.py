@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dedupfs import backing as backing_module
+from dedupfs import fileio
 from dedupfs.backing import Backing
 from dedupfs.model import Reference
 from dedupfs.store import BLOBS
@@ -281,6 +282,55 @@ def test_who_opens_with_o_sync_writes_with_it(bench: Bench, flag: int) -> None:
     ):
         assert fcntl.fcntl(handle.own_fd, fcntl.F_GETFL) & flag == flag
         bench.close_file(handle)
+
+
+@pytest.mark.parametrize("opened_again", [False, True])
+def test_fdatasync_of_a_materialised_file_flushes_that_its_mark_is_gone(bench: Bench, opened_again: bool) -> None:
+    """ext4's own fdatasync leaves xattrs out: with the mark back after a power loss, the blob would be the truth."""
+    share(bench, "one", "two")
+    inode = bench.key("two").ino
+    backing = recorded(bench)
+    if opened_again:
+        bench.append("two", b"appended")
+    with bench.opened("two", os.O_RDWR) as handle:
+        bench.write_to(handle, b"CHANGED")
+        unmarked = backing.place("fremove_reference", inode)
+        before = len(backing.calls)
+        bench.engine.vfs.io.fsync(handle, data_only=True)
+        assert unmarked < before
+        assert backing.calls[before:] == [("fsync", inode)]
+        # once is enough
+        bench.write_to(handle, b"CHANGED AGAIN")
+        bench.engine.vfs.io.fsync(handle, data_only=True)
+        assert backing.calls[-1] == ("fdatasync", inode)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_o_dsync_flushes_that_the_mark_is_gone(bench: Bench, lazily: bool) -> None:
+    share(bench, "one", "two")
+    backing = recorded(bench)
+    if lazily:  # an empty file that becomes a reference by a copy, while it is open
+        handle = bench.engine.vfs.create(b"copy", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DSYNC, 0o100644, ME)
+        with bench.opened("one") as source:
+            assert bench.engine.vfs.io.copy_range(source, 0, handle, 0, len(DATA), ME) == len(DATA)
+    else:
+        handle = bench.open_file("two", os.O_WRONLY | os.O_DSYNC)
+    bench.write_to(handle, b"CHANGED")
+    inode = os.fstat(handle.own_fd).st_ino
+    after = backing.calls[backing.place("fremove_reference", inode) :]
+    assert ("fsync", inode) in after
+    bench.close_file(handle)
+
+
+def test_what_is_known_to_be_unflushed_has_an_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fileio, "_MOST_UNMARKED", 3)
+    names = [f"{number}" for number in range(8)]
+    share(bench, *names)
+    backing = recorded(bench)
+    for name in names:
+        bench.write_at(name, b"CHANGED", 0)
+    assert len(bench.engine.vfs.io._unmarked) <= 3
+    assert backing.place("sync")
 
 
 # -- what need not be flushed again

@@ -510,14 +510,26 @@ MUTATIONS = [
     ),
     Mutation(
         "fsync leaves a reference's name unflushed", "fileio",
-        "                self._backing.fsync_directory(os.path.dirname(path))\n        elif data_only:",
-        "                pass\n        elif data_only:",
+        "                self._backing.fsync_directory(os.path.dirname(path))\n        elif data_only",
+        "                pass\n        elif data_only",
         2, (_ENGINE + "test_order.py",),
     ),
     Mutation(
         "fsync flushes nothing", "fileio",
-        "        else:\n            self._backing.fsync(handle.own_fd)\n\n",
+        "        else:\n            self._fsync_plain(inode, handle.own_fd)\n\n",
         "\n",
+        2, (_ENGINE + "test_order.py",),
+    ),
+    Mutation(
+        "fdatasync leaves the mark of a materialised file on disk", "fileio",
+        "        elif data_only and inode.key not in self._unmarked:",
+        "        elif data_only:",
+        2, (_ENGINE + "test_order.py",),
+    ),
+    Mutation(
+        "O_DSYNC leaves the mark of a materialised file on disk", "fileio",
+        "        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DSYNC:",
+        "        if False:",
         2, (_ENGINE + "test_order.py",),
     ),
     Mutation(
