@@ -49,12 +49,16 @@ class Changed(Exception):
 
 
 class Settled:
-    """A watched regular file whose digest is known: `fd` is open for reading, `stamp` was true when it was hashed."""
+    """A watched regular file whose digest is known: `fd` is open for reading, `stamp` was true when it was hashed.
+    `leased`: there is a lease on it, which tells of writers who go around the mount."""
 
-    __slots__ = ("fd", "key", "link", "path", "stamp", "watch")
+    __slots__ = ("fd", "key", "leased", "link", "path", "stamp", "watch")
 
-    def __init__(self, path: bytes, link: Link, fd: int, stamp: Stamp, key: Key, watch: Watch) -> None:
+    def __init__(
+        self, path: bytes, link: Link, fd: int, stamp: Stamp, key: Key, watch: Watch, *, leased: bool = False
+    ) -> None:
         self.path, self.link, self.fd, self.stamp, self.key, self.watch = path, link, fd, stamp, key, watch
+        self.leased = leased
 
 
 # Notes in the journal what changed at a path, in the same instant: a reference nobody knows of is not counted.
@@ -196,6 +200,9 @@ class ReferenceSharing:
                     self._blobs.seal(content)
         with suppress(OSError):  # the blob is complete; a seal that is missing is what a scan mends
             self._blobs.seal(content)
+        if known.leased and not self._backing.immutable_binds_mappings and self._backing.lease_is_breaking(known.fd):
+            # Somebody has opened the file around the mount and waits for us: he would write into the blob.
+            self._blobs.detach(content)
 
     def _may_become_blob(self, known: Settled) -> bool:
         """Whether nobody can write to the blob that a file is to be: who opens the file after it was replaced, while

@@ -107,6 +107,12 @@ MUTATIONS = [
         4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
+        "who waits for the lease of a file writes into the blob that it became", "sharing",
+        "        if known.leased and not self._backing.immutable_binds_mappings and",
+        "        if False and",
+        4, (_ENGINE + "test_last_looks.py",),
+    ),
+    Mutation(
         "the blob's name is not flushed where metadata keep no order", "sharing",
         "                    self._blobs.flush_name(content)",
         "                    pass",
