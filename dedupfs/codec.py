@@ -80,6 +80,8 @@ def decode_reference(value: bytes) -> Reference:
         raise StoreError(f"reference record of version {version}, flags {flags:#x}: written by a newer dedupfs?")
     if zlib.crc32(value[:-4]) != checksum:
         raise StoreError("reference record with a wrong checksum")
+    if mtime_ns >= 10**9:
+        raise StoreError(f"reference record with {mtime_ns} nanoseconds")
     return Reference(
         ContentKey(Digest(digest), collision), size_bytes, bool(flags & _MATERIALISING), mtime_s * 10**9 + mtime_ns
     )

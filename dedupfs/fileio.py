@@ -6,6 +6,7 @@ it is read. No error is raised at release, where nobody would hear it.
 """
 
 import errno
+import fcntl
 import logging
 import os
 import stat
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _CAPABILITY_XATTR = "security.capability"
 _KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+_MOST_UNMARKED = 4096
 
 
 class FileIo:
@@ -57,6 +59,9 @@ class FileIo:
         self._quiet_flag = os.O_NOATIME if noatime else 0
         # Whether handles may be given to the kernel (see `passthrough`).
         self.kernel_may_serve = False
+        # Materialised, and that its mark is gone may not be on disk: fdatasync(2) need not flush an xattr, and does not
+        # on ext4. What was written since would be lost with a power loss, for the blob is the truth while there is one.
+        self._unmarked: dict[Key, object] = {}
 
     # -- open and close -----------------------------------------------------------------------------------------------
 
@@ -176,9 +181,31 @@ class FileIo:
             if path is not None:
                 self._settler.note(Touched(inode.key.ino, path))  # as it was, but for its ctime
             raise
+        self._unmarked[inode.key] = object()
         inode.become_plain()
         inode.stream = None
         inode.dirty = True
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DSYNC:
+            self._fsync_plain(inode, fd)
+        elif len(self._unmarked) > _MOST_UNMARKED:
+            with suppress(OSError):
+                self._flush_unmarked()
+
+    def _fsync_plain(self, inode: OpenInode, fd: int) -> None:
+        unmarked = self._unmarked.get(inode.key)
+        self._backing.fsync(fd)
+        self._forget_unmarked(inode.key, unmarked)
+
+    def _flush_unmarked(self) -> None:
+        before = dict(self._unmarked)
+        self._backing.sync()
+        for key, unmarked in before.items():
+            self._forget_unmarked(key, unmarked)
+
+    def _forget_unmarked(self, key: Key, unmarked: object) -> None:
+        """Unless it was materialised once more meanwhile."""
+        if unmarked is not None and self._unmarked.get(key) is unmarked:
+            self._unmarked.pop(key, None)
 
     def flush(self, handle: Handle) -> None:
         """An app closed one of its descriptors. Raises what the backing filesystem has to report only then (EIO,
@@ -360,10 +387,10 @@ class FileIo:
             path = self._backing.path_of(handle.own_fd)
             if path is not None:
                 self._backing.fsync_directory(os.path.dirname(path))
-        elif data_only:
+        elif data_only and inode.key not in self._unmarked:
             self._backing.fdatasync(handle.own_fd)
         else:
-            self._backing.fsync(handle.own_fd)
+            self._fsync_plain(inode, handle.own_fd)
 
     def _drop_privileges(self, inode: OpenInode, fd: int, caller: Caller) -> None:
         """Clear what a write by an ordinary user must: the set-id bits, and file capabilities. Caller holds the lock.

@@ -139,7 +139,7 @@ class Matcher:
         known = batch.file(file.key.ino)
         if known is not None and known.stamp == file.stamp and known.state is not FileState.REFERENCE:
             return known.content.digest
-        lease = self._backing.take_read_lease(file.fd)
+        lease = file.leased = self._backing.take_read_lease(file.fd)
         if digest is None:
             digest = self._hash(file.fd, file.watch.checkpoint)
         age_ns = time.time_ns() - max(file.stamp.mtime_ns, file.stamp.ctime_ns)
@@ -341,6 +341,7 @@ class Matcher:
             stack.callback(os.close, fd)
             st = os.fstat(fd)
             if st.st_ino == ino and Stamp.of(st) == record.stamp:
-                self._backing.take_read_lease(fd)
-                return Settled(path, self._backing.link_of(path), fd, record.stamp, Key.of(st), watch)
+                leased = self._backing.take_read_lease(fd)
+                link = self._backing.link_of(path)
+                return Settled(path, link, fd, record.stamp, Key.of(st), watch, leased=leased)
         return None

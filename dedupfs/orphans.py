@@ -15,7 +15,7 @@ from .journal import Unnamed
 from .model import Ino, Link
 from .openfiles import Key, OpenFiles
 from .settle import Settler
-from .store import ORPHANS
+from .store import ORPHANS, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,11 @@ class Orphans:
     def sweep(self) -> None:
         """Remove what a crash left, or what could not be removed: only while nothing is served, and nothing open."""
         for entry in list(self._backing.scandir(ORPHANS)):
-            self._unlink(ORPHANS + b"/" + os.fsencode(entry.name), Key(self._backing.device, Ino(entry.inode())))
+            path = ORPHANS + b"/" + os.fsencode(entry.name)
+            if entry.name.startswith(".fuse_hidden") and not entry.is_dir(follow_symlinks=False):
+                self._unlink(path, Key(self._backing.device, Ino(entry.inode())))
+            else:
+                set_aside(self._backing, path)
 
     def path(self, name: bytes) -> bytes | None:
         """Where the orphan of this name is, None when there is none."""

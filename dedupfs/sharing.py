@@ -23,6 +23,7 @@ import errno
 import itertools
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,15 +31,17 @@ from dataclasses import replace
 from typing import Protocol
 
 from .backing import Backing
-from .blobs import Blobs
+from .blobs import Blobs, parse_name
 from .digest import same_bytes
 from .errors import DamagedContent, StoreError
 from .journal import Shared
 from .model import ContentKey, FileState, Ino, Link, Reference, Stamp
 from .openfiles import Gate, InUse, Key, OpenFiles, Watch
-from .store import QUARANTINE, STAGING
+from .store import STAGING, set_aside
 
 log = logging.getLogger(__name__)
+
+_STAGED = re.compile(rb"(publish|heal|refer)\.[0-9]{1,20}\.[0-9]{1,10}\.[0-9]+|probe\.[0-9]{1,10}\.[0-9]+")
 
 
 class Changed(Exception):
@@ -46,12 +49,16 @@ class Changed(Exception):
 
 
 class Settled:
-    """A watched regular file whose digest is known: `fd` is open for reading, `stamp` was true when it was hashed."""
+    """A watched regular file whose digest is known: `fd` is open for reading, `stamp` was true when it was hashed.
+    `leased`: there is a lease on it, which tells of writers who go around the mount."""
 
-    __slots__ = ("fd", "key", "link", "path", "stamp", "watch")
+    __slots__ = ("fd", "key", "leased", "link", "path", "stamp", "watch")
 
-    def __init__(self, path: bytes, link: Link, fd: int, stamp: Stamp, key: Key, watch: Watch) -> None:
+    def __init__(
+        self, path: bytes, link: Link, fd: int, stamp: Stamp, key: Key, watch: Watch, *, leased: bool = False
+    ) -> None:
         self.path, self.link, self.fd, self.stamp, self.key, self.watch = path, link, fd, stamp, key, watch
+        self.leased = leased
 
 
 # Notes in the journal what changed at a path, in the same instant: a reference nobody knows of is not counted.
@@ -195,6 +202,9 @@ class ReferenceSharing:
             if not self._backing.orders_metadata:
                 self._backing.sync()  # or the seal might be found on what is still the file
             self._blobs.seal(content)
+        if known.leased and not self._backing.immutable_binds_mappings and self._backing.lease_is_breaking(known.fd):
+            # Somebody has opened the file around the mount and waits for us: he would write into the blob.
+            self._blobs.detach(content)
 
     def _may_become_blob(self, known: Settled) -> bool:
         """Whether nobody can write to the blob that a file is to be: who opens the file after it was replaced, while
@@ -358,13 +368,11 @@ class ReferenceSharing:
                 st = self._backing.lstat(path)
             except FileNotFoundError:
                 continue  # the copy of a blob that was not finished: healing was undone before, which made it anew
-            if entry.name.partition(".")[0] not in ("publish", "heal", "refer", "probe", "detach"):
-                # Not a name of ours. Somebody's bytes: keep them.
-                self._backing.rename(path, QUARANTINE + b"/" + os.fsencode(entry.name))
-                log.warning("set aside %s, found in staging", entry.name)
-            elif stat.S_ISREG(st.st_mode):
+            if stat.S_ISREG(st.st_mode) and _is_name_in_staging(os.fsencode(entry.name)):
                 self._take_back(path)
                 count += 1
+            else:
+                set_aside(self._backing, path)
         return count
 
     def _take_back(self, staged: bytes) -> None:
@@ -389,6 +397,14 @@ class ReferenceSharing:
         if label == b"heal":
             self._blobs.drop_from_quarantine(int(ino))
         self._backing.unlink(staged)
+
+
+def _is_name_in_staging(name: bytes) -> bool:
+    """Whether it is one that we give. docs/format.md lists them."""
+    label, _, rest = name.partition(b".")
+    if label == b"detach":
+        return parse_name(os.fsdecode(rest)) is not None
+    return _STAGED.fullmatch(name) is not None
 
 
 def abandon(backing: Backing, fd: int, reference: Reference) -> None:

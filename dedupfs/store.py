@@ -19,7 +19,9 @@ A store is opened by whoever is about to change it (a mount, or an offline comma
 
 import errno
 import fcntl
+import itertools
 import json
+import logging
 import os
 import uuid
 from contextlib import suppress
@@ -30,6 +32,8 @@ from .errors import Busy, SourceError, StoreError, UnknownFormat
 from .model import STORE_DIRECTORY
 from .readme import readme
 from .rules import EVERYTHING, SharingRules
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -217,6 +221,20 @@ def read_daemon(backing: Backing) -> dict[str, object] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and {"pid", "mountpoint", "socket"} <= record.keys() else None
+
+
+def set_aside(backing: Backing, path: bytes) -> None:
+    """Move to quarantine/ what lies in the store and is not ours: it is somebody's, and so is what was moved there
+    under its name before."""
+    name = os.path.basename(path)
+    numbered = (b"%s.%d" % (name[:200], number) for number in itertools.count())
+    for aside in itertools.chain([name] if name != os.path.basename(INDEX) else [], numbered):
+        try:
+            backing.lstat(QUARANTINE + b"/" + aside)
+        except FileNotFoundError:
+            backing.rename(path, QUARANTINE + b"/" + aside)
+            log.warning("set aside %s", os.fsdecode(path))
+            return
 
 
 def _read(backing: Backing, path: bytes) -> bytes:

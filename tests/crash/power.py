@@ -36,6 +36,9 @@ _REFERENCE = "trusted.dedupfs.ref"
 # ext4 is kept from flushing what is renamed over another file or rewritten, which hides mistakes.
 _OPTIONS = {"ext4": "commit=1,noauto_da_alloc", "xfs": "nouuid", "btrfs": "commit=1"}
 
+# What was edited in place and not fsynced may have lost its bytes and kept its times, by which the index knows it.
+_LOST = r"WARNING .* has other bytes than when it was hashed"
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -180,7 +183,7 @@ class Bench:
                 source,
                 self._scratch / "mount",
                 options=[f"share={self._strategy}"],
-                expected_log=AFTER_A_KILL,
+                expected_log=[*AFTER_A_KILL, _LOST],
                 watchdog_s=120,
             )
             problems: list[str] = []

@@ -107,10 +107,13 @@ class SyncingApp:
 
     def _write(self, path: str, fd: int, data: bytes, offset: int) -> None:
         step = self._rng.choice((len(data), 16 << 10, 100_000))
-        for start in range(0, len(data), step):
-            piece = data[start : start + step]
-            if os.pwrite(fd, piece, offset + start) != len(piece):
-                raise AssertionError(f"{path}: a short write")
+        done = 0
+        while done < len(data):
+            # A disk that goes in the middle makes it a short one; the next then says why.
+            count = os.pwrite(fd, data[done : done + step], offset + done)
+            if not count:
+                raise AssertionError(f"{path}: nothing was written")
+            done += count
 
     def _sync(self, path: str, fd: int, *, data_only: bool = False) -> None:
         (os.fdatasync if data_only else os.fsync)(fd)

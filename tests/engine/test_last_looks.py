@@ -1,0 +1,489 @@
+"""Something comes between a comparison and what is concluded from it: each is seen at the last look, or kept out.
+
+What comes is made to come at a named system call, so that nothing depends on time.
+"""
+
+import errno
+import os
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from dedupfs import matching
+from dedupfs.backing import Backing
+from dedupfs.digest import Checkpoint, hash_descriptor, proceed
+from dedupfs.index import Batch
+from dedupfs.model import Caller, ContentKey, Digest
+from dedupfs.openfiles import Watch
+
+from .bench import BLOCK, ME, Bench, Running, Tampered, content, few_bits
+
+DATA = content("same", 3 * BLOCK + 100)
+OTHER = content("other", len(DATA))
+
+
+class At(Tampered):
+    """Does something before (or after) the first call of this name whose first argument is what was asked for."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(source)
+        self.done = False
+
+    def do(self, action: Any, *, name: str, of: Any = None, after: bool = False) -> None:
+        self.done = False
+
+        def hook(called: str, arguments: tuple[Any, ...]) -> None:
+            if not self.done and called == name and (of is None or of(arguments[0])):
+                self.done = True
+                action()
+
+        if after:
+            self.after = hook
+        else:
+            self.before = hook
+
+
+@pytest.fixture
+def at(bench: Bench) -> At:
+    backing = At(bench.source)
+    bench.reopen(backing=backing)
+    return backing
+
+
+def digest_of(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+# -- writers who go around the mount, and had the file open before anybody could take a lease
+
+
+@pytest.mark.parametrize("who", ["known", "new"])
+def test_written_between_the_comparison_and_the_rename(bench: Bench, at: At, who: str) -> None:
+    for name in ("known", "new"):
+        bench.write(name, DATA)
+        if name == "known":
+            bench.settle()
+    with open(bench.below(who), "r+b", buffering=0) as outside:
+        at.do(lambda: os.pwrite(outside.fileno(), b"CHANGED", 0), name="fdatasync")
+        bench.settle()
+    assert at.done
+    changed = b"CHANGED" + DATA[7:]
+    assert bench.read(who) == changed
+    assert bench.read("new" if who == "known" else "known") == DATA
+    bench.scan()
+    assert bench.digest(who) == digest_of(changed)
+    assert bench.duplicates(who) == []
+
+
+def test_written_while_it_is_hashed(bench: Bench, at: At) -> None:
+    with open(bench.put("file", DATA), "r+b", buffering=0) as outside:
+        writes = iter([b"CHANGED"])
+
+        def hasher(fd: int, checkpoint: Checkpoint = proceed) -> Digest:
+            found = hash_descriptor(fd, checkpoint)
+            for data in writes:
+                os.pwrite(outside.fileno(), data, 0)
+            return found
+
+        bench.reopen(hasher=hasher)
+        bench.scan()
+    assert next(writes, None) is None
+    assert bench.digest("file") == digest_of(b"CHANGED" + DATA[7:])
+
+
+def test_opened_for_writing_while_it_is_hashed(bench: Bench) -> None:
+    """Who opens the file around the mount is held up by a lease. When he is let go he writes into the file: it must not
+    have become a reference by then, whose old inode nobody sees."""
+    writers: list[Running] = []
+    path = bench.below("new")
+
+    def write() -> None:
+        with open(path, "r+b", buffering=0) as file:
+            file.write(b"OUTSIDE")
+
+    def hasher(fd: int, checkpoint: Checkpoint = proceed) -> Digest:
+        found = hash_descriptor(fd, checkpoint)
+        if not writers and os.path.exists(path) and os.path.samestat(os.fstat(fd), path.stat()):
+            writers.append(Running(write))
+            bench.wait_for(lambda: Backing.lease_is_breaking(fd))
+        return found
+
+    bench.reopen(hasher=hasher)
+    bench.write("known", DATA)
+    bench.settle()
+    bench.put("new", DATA)
+    bench.scan()
+    writers[0].join()
+    bench.scan()
+    assert bench.read("new") == b"OUTSIDE" + DATA[7:]
+    assert bench.read("known") == DATA
+
+
+@pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("moment", ["link", "rename"])
+def test_opened_for_writing_while_it_becomes_a_blob(bench: Bench, at: At, moment: str) -> None:
+    """As above, for the known file: what was opened is the blob by the time that it is written to. ext4 writes to
+    nothing that is immutable, whenever it was opened; elsewhere the blob becomes another inode."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    writers: list[Running] = []
+    path = bench.below("known")
+
+    def write() -> None:
+        with open(path, "r+b", buffering=0) as file, suppress(PermissionError):
+            file.write(b"OUTSIDE")
+
+    def come() -> None:
+        fd = next(int(fd) for fd, target in bench._open_descriptors() if target == str(path))
+        writers.append(Running(write))
+        bench.wait_for(lambda: Backing.lease_is_breaking(fd))
+
+    at.do(come, name=moment)
+    bench.settle()
+    writers[0].join()
+    assert bench.read("known") == bench.read("new") == DATA
+    assert bench.the_blob().read_bytes() == DATA
+
+
+def test_a_digest_is_taken_down_when_its_time_stamp_can_have_no_second_meaning(bench: Bench, at: At) -> None:
+    """A write within the same tick of the clock would leave the stamp as it is, so that tick has to be over."""
+    ages = []
+
+    def look() -> None:
+        ages.append(time.time_ns() - os.stat(bench.below("file")).st_ctime_ns)
+
+    at.do(look, name="lease_is_breaking")
+    bench.write("file", DATA)
+    bench.settle()
+    assert ages
+    assert ages[0] >= matching._TICK_NS
+
+
+# -- apps
+
+
+def test_a_writer_who_came_in_time_finds_the_file_as_it_was(bench: Bench, at: At) -> None:
+    """He is told of before the rename, and so it is left: his file has its own bytes, and nothing need be copied."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    inode = bench.key("known")
+    watches: list[Watch] = []
+    writers: list[Running] = []
+
+    def come() -> None:
+        watches.append(bench.engine.openfiles._watches[inode])
+        writers.append(Running(lambda: bench.write_at("known", b"CHANGED", 0)))
+        bench.wait_for(lambda: watches[0].given_up)
+
+    at.do(come, name="fdatasync")
+    bench.settle()
+    writers[0].join()
+    assert bench.key("known") == inode
+    bench.settle()
+    assert bench.read("known") == b"CHANGED" + DATA[7:]
+    assert bench.read("new") == DATA
+
+
+@pytest.mark.parametrize("purpose", ["publish", "refer"])
+def test_no_name_changes_while_a_path_gets_another_inode(bench: Bench, at: At, purpose: str) -> None:
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    name = "known" if purpose == "publish" else "new"
+    apps: list[Running] = []
+    early: list[bool] = []
+
+    def come() -> None:
+        apps.append(Running(lambda: bench.rename(name, "elsewhere")))
+        early.append(apps[0].ended(0.3))
+
+    at.do(come, name="rename", of=lambda path: path.startswith(b".dedupfs/staging/" + purpose.encode()))
+    bench.settle()
+    apps[0].join()
+    assert early == [False], "an app renamed the file in the middle of it"
+    bench.settle()
+    assert not bench.below(name).exists()
+    assert bench.read("elsewhere") == DATA
+
+
+def test_written_and_closed_again_while_it_waited(bench: Bench, at: At) -> None:
+    """The digest that was computed at the first close is not that of what was written then."""
+    bench.write("file", DATA)
+    at.do(lambda: bench.write("file", OTHER), name="lstat", of=lambda path: path == b"file")
+    bench.settle()
+    assert at.done
+    assert bench.digest("file") == digest_of(OTHER)
+    bench.write("two", OTHER)
+    bench.settle()
+    assert bench.duplicates("file") == ["two"]
+
+
+def test_another_file_comes_to_the_path_that_a_writer_looked_up(bench: Bench, at: At) -> None:
+    """He has announced himself to the one that was there; who looks at the other has to be told as well."""
+    bench.write("one", DATA)
+    bench.write("other", OTHER)
+    bench.settle()
+    at.do(lambda: bench.rename("other", "one"), name="open", of=lambda path: path == b"one")
+    with bench.engine.openfiles.watch(bench.key("other")) as watch:
+        writer = Running(lambda: bench.write_at("one", b"CHANGED", 0))
+        assert not writer.ended(0.3), "somebody else still looks at this file"
+        assert watch.given_up
+    writer.join()
+    bench.settle()
+    assert bench.read("one") == b"CHANGED" + OTHER[7:]
+
+
+@pytest.mark.parametrize("bench", [("reflink", "xfs")], indirect=True, ids="-".join)
+def test_another_file_comes_to_the_path_whose_extents_are_shared(bench: Bench, at: At) -> None:
+    for name, data in (("known", DATA), ("other", OTHER)):
+        bench.write(name, data)
+    bench.settle()
+    bench.write("new", DATA)
+    at.do(lambda: bench.rename("other", "new"), name="dedupe", after=True)
+    bench.settle()
+    assert at.done
+    assert bench.digest("new") == digest_of(OTHER)
+    assert bench.duplicates("known") == []
+
+
+# -- the blob
+
+
+def test_a_blob_that_somebody_else_published_meanwhile_stays(bench: Bench, at: At) -> None:
+    """Undoing takes back the name that one gave to a file oneself, no other."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    made: list[int] = []
+
+    def publish() -> None:
+        path = bench.source / os.fsdecode(b".dedupfs/blobs/" + digest_of(DATA)[:2].encode())
+        path.mkdir(exist_ok=True)
+        blob = path / f"{digest_of(DATA)}.0"
+        blob.write_bytes(DATA)
+        blob.chmod(0o400)
+        made.append(blob.stat().st_ino)
+
+    at.do(publish, name="link", of=lambda path: path == b"known")
+    bench.settle()
+    assert made == [bench.the_blob().stat().st_ino]
+    assert bench.read("known") == bench.read("new") == DATA
+    assert bench.is_reference("new")
+
+
+def test_a_copy_that_could_not_be_replaced_heals_all_the_same(bench: Bench, at: At) -> None:
+    """References read the good bytes by then: undoing leaves them these, in an inode that is nobody's file."""
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    blob = bench.the_blob()
+    with open(blob, "rb") as file:
+        Backing.fset_immutable(file.fileno(), immutable=False)
+    blob.write_bytes(bytes(len(DATA)))
+    bench.expect_log("cannot share", "was damaged; healed with")
+    bench.write("three", DATA)
+    at.do(fail, name="rename", of=lambda path: path.startswith(b".dedupfs/staging/heal"))
+    bench.settle()
+    assert at.done
+    assert bench.read("one") == bench.read("two") == bench.read("three") == DATA
+    assert bench.the_blob().stat().st_nlink == bench.below("three").stat().st_nlink == 1
+    bench.write_at("three", b"CHANGED", 0)
+    assert bench.read("one") == DATA
+
+
+@pytest.mark.parametrize("call", ["rename", "open", "set_mtime"])
+def test_a_file_that_could_not_be_replaced_is_no_blob(bench: Bench, at: At, call: str) -> None:
+    """Whoever wrote to it would change what others read."""
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    bench.expect_log("cannot share")
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    with bench.opened("known"):
+        staging = b".dedupfs/staging/publish"
+        at.do(fail, name=call, of=lambda path: call == "set_mtime" or path.startswith(staging))
+        bench.settle()
+    assert at.done
+    if call == "set_mtime":  # after the rename, and not worth undoing anything for
+        assert bench.is_reference("known")
+        return
+    assert bench.below("known").stat().st_nlink == 1
+    assert bench.blobs() == []
+    assert bench.inside("staging") == []
+    assert bench.read("known") == bench.read("new") == DATA
+
+
+def test_a_blob_that_is_somebodys_file_as_well_gets_no_new_references(bench: Bench) -> None:
+    """Who writes to that file would change what the references read."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    blob = bench.the_blob()
+    with open(blob, "rb") as file:
+        Backing.fset_immutable(file.fileno(), immutable=False)
+    outside = bench.below("outside")
+    os.link(blob, outside)
+    bench.write("three", DATA)
+    bench.settle()
+    assert not bench.is_reference("three")
+    assert bench.read("three") == DATA
+    outside.unlink()
+    bench.expect_findings()
+
+
+@pytest.mark.parametrize(("why", "known"), [("small", "plain"), ("linked", "plain"), ("linked", "shared")])
+def test_what_is_not_shared_is_compared_as_well(bench: Bench, why: str, known: str) -> None:
+    """Two contents of one digest and one size, of which the second cannot be shared: it is no duplicate either."""
+    bench.reopen(hasher=few_bits(0))
+    size_bytes = 1000 if why == "small" else len(DATA)
+
+    def put(name: str, data: bytes) -> None:
+        bench.put(name, data)  # not through dedupfs, which would hash what is written by itself
+        if name == "other" and why == "linked":
+            os.link(bench.below(name), bench.below("other too"))
+        bench.scan()
+
+    put("one", content("same", size_bytes))
+    if known == "shared":
+        put("two", content("same", size_bytes))
+        assert bench.is_reference("one")
+    put("other", content("other", size_bytes))
+    assert "other" not in bench.duplicates("one")
+    assert "one" not in bench.duplicates("other")
+
+
+@pytest.mark.parametrize("bench", [("reference", "ext4")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("moment", ["before the look at the journal", "after it"])
+def test_a_copy_is_made_while_its_blob_is_being_removed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The last reference is gone, but for a reader who copies it at the last moment, and closes it."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    source = bench.open_file("one")
+    assert bench.read_from(source) == DATA
+    for name in ("one", "two"):
+        bench.unlink(name)
+    bench.settle()
+    assert len(bench.blobs()) == 1
+    copies: list[Running] = []
+    target = bench.create_file("copy")
+
+    def copy() -> None:
+        assert bench.engine.vfs.io.copy_range(source, 0, target, 0, len(DATA), ME) == len(DATA)
+        bench.close_file(target)
+        bench.close_file(source)
+
+    def begin_copy() -> None:
+        if not copies:
+            copies.append(Running(copy))
+            copies[0].ended(0.3)  # it may have to wait
+
+    if moment == "after it":
+        uses = bench.engine.openfiles.uses
+
+        def uses_later(key: ContentKey) -> bool:
+            begin_copy()
+            return uses(key)
+
+        monkeypatch.setattr(bench.engine.openfiles, "uses", uses_later)
+    else:
+        commit = Batch.commit
+
+        def commit_and_copy(batch: Batch) -> None:
+            commit(batch)
+            begin_copy()
+
+        monkeypatch.setattr(Batch, "commit", commit_and_copy)
+    bench.write("another", OTHER)
+    bench.settle()
+    copies[0].join()
+    bench.settle()
+    assert bench.read("copy") == DATA
+    bench.unlink("copy")
+    bench.settle()
+    assert bench.blobs() == []
+
+
+def test_a_new_file_with_two_names_is_left_alone(bench: Bench) -> None:
+    """And nobody tries again and again to share it."""
+    bench.write("one", DATA)
+    bench.settle()
+    os.link(bench.put("new", DATA), bench.below("new too"))
+    bench.scan()
+    assert not bench.is_reference("new")
+    assert sorted(bench.duplicates("new")) == ["new too", "one"]
+    assert bench.below("new").samefile(bench.below("new too"))
+
+
+def test_a_reference_that_was_written_to_keeps_its_blob_without_an_index(bench: Bench) -> None:
+    """Which of the two contents is wanted a person has to say, also after a rebuild."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.unlink("two")
+    bench.settle()
+    bench.close()
+    with open(bench.below("one"), "r+b") as file:
+        file.write(b"OUTSIDE")
+    bench.open()
+    bench.engine.replace_index()
+    bench.expect_log("written to from outside")
+    bench.expect_findings("foreign-write", "index-stamp")
+    bench.scan()
+    bench.settle()
+    assert bench.the_blob().read_bytes() == DATA
+
+
+def test_what_is_somebodys_file_as_well_is_not_sealed(bench: Bench) -> None:
+    """Else a file that was to become a blob, and did not, could never be changed again."""
+    bench.write("one", DATA)
+    bench.settle()
+    key = ContentKey(Digest(bytes(16)))
+    bench.engine.blobs.publish(b"one", key)
+    bench.engine.blobs.seal(key)
+    assert stat.S_IMODE(bench.below("one").stat().st_mode) == 0o644
+    bench.engine.blobs.remove(key)
+    bench.write_at("one", b"CHANGED", 0)
+
+
+# -- privileges
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(bench: Bench) -> None:
+    """It may have come there after the kernel looked the name up, and lead anywhere."""
+    bench.write("file", DATA)
+    bench.settle()
+    bench.below("file").unlink()
+    bench.below("file").symlink_to("/etc/passwd")
+    for flags in (os.O_RDONLY, os.O_RDWR):
+        with pytest.raises(OSError):
+            bench.open_file("file", flags)
+    with pytest.raises(OSError):
+        bench.engine.backing.open_quietly(b"file")
+    bench.below("file").unlink()
+    bench.scan()
+
+
+def test_an_ordinary_users_write_takes_set_id_bits(bench: Bench) -> None:
+    bench.write("tool", DATA)
+    for caller, mode in ((Caller(0, 0, 1), 0o6755), (Caller(12345, 12345, 1), 0o755)):
+        os.chmod(bench.below("tool"), 0o6755)
+        with bench.opened("tool", os.O_RDWR) as handle:
+            bench.engine.vfs.io.write(handle, memoryview(b"#!"), 0, caller, cached=False)
+        assert stat.S_IMODE(bench.below("tool").stat().st_mode) == mode
