@@ -180,7 +180,7 @@ def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptio
     words += ["allow_other"] if value["allow_other"] else []
     words += [word for word in _ROOT_ONLY if privileged and not value[f"no{word}"]]
     words += [word for word in _PASSED_ON if value[word]]
-    include, exclude = (tuple(os.fsencode(glob) for glob in _strings(value[name])) for name in _LISTS)
+    include, exclude = (tuple(dict.fromkeys(os.fsencode(glob) for glob in _strings(value[name]))) for name in _LISTS)
     return MountOptions(
         share=Share(str(value["share"])),
         passthrough=Passthrough(str(value["passthrough"])),

@@ -415,14 +415,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a known file with two names becomes a blob", "matching",
-        "if other is None or os.fstat(other.fd).st_nlink != 1:",
-        "if other is None:",
+        "if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other):",
+        "if other is None or not self._may_share(other):",
         4, (_ENGINE + "test_sharing.py",),
     ),
     Mutation(
         "a file with two names becomes a reference", "matching",
-        "shareable = st.st_size >= SMALLEST_SHARED_BYTES and st.st_nlink == 1",
-        "shareable = st.st_size >= SMALLEST_SHARED_BYTES",
+        "shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)",
+        "shareable = self._rules.allow(file.path, st.st_size)",
         4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(

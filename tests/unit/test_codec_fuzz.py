@@ -22,7 +22,19 @@ DECODERS: dict[str, tuple[Callable[[bytes], Any], Callable[[Any], bytes]]] = {
     "content": (codec.decode_content, codec.encode_content),
     "counter": (codec.decode_counter, codec.encode_counter),
     "pending": (codec.decode_pending, lambda decoded: codec.encode_pending(decoded[1], decoded[0])),
+    "verified": (codec.decode_verified, codec.encode_verified),
+    "scrub_pass": (codec.decode_scrub_pass, codec.encode_scrub_pass),
+    "damage": (lambda both: codec.decode_damage(both[:27], both[27:]), lambda it: b"".join(codec.encode_damage(it))),
+    "image": (codec.decode_image, codec.encode_image),
+    "image_entry": (codec.decode_image_entry, codec.encode_image_entry),
+    "image_state": (codec.decode_image_state, lambda state: bytes([1, state])),
+    "thumbnails": (codec.decode_thumbnails, codec.encode_thumbnails),
+    "description": (codec.decode_description, lambda both: codec.encode_description(*both)),
+    "sequence": (codec.decode_sequence, codec.encode_sequence),
+    "alike": (codec.decode_alike, codec.encode_alike),
 }
+# Of these several bytes mean the same: what is compressed, words that were no UTF-8, what a state leaves out.
+LOOSE = {"damage", "image_entry", "image_state", "thumbnails", "description"}
 
 
 def test_every_decoder_is_here() -> None:
@@ -35,7 +47,9 @@ def round_trip(name: str, value: bytes) -> None:
         decoded = decode(value)
     except StoreError:
         return
-    assert encode(decoded) == value
+    written = encode(decoded)
+    assert decode(written) == decoded
+    assert written == value or name in LOOSE
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -46,7 +60,11 @@ def test_any_bytes(name: str, value: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("reference", 44), ("file", 44), ("content", 18), ("ino", 8), ("counter", 8)]
+    ("name", "size"),
+    [
+        *(("reference", 44), ("file", 44), ("content", 18), ("ino", 8), ("counter", 8)),
+        *(("verified", 13), ("scrub_pass", 21), ("alike", 21), ("sequence", 8)),
+    ],
 )
 @examples()
 @given(data=st.data())
