@@ -110,7 +110,7 @@ def filesystem_type(device: int) -> str:
 def _filesystem_of(fd: int) -> str:
     """The same for an open file, by the mount that it was reached through: btrfs answers stat with device numbers of
     its own, which are not in the table."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+    with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
         wanted = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
     return next((kind for mount_id, _, kind in _mounts() if mount_id == wanted), "")
 
