@@ -433,12 +433,11 @@ def _copy_xattr(source: int, target: int, name: str) -> None:
 
 
 def supports_reflink(backing: Backing) -> bool:
-    """Whether files of this source can share extents: tried, on two scratch files."""
-    names = [b"%s/probe.%d.%d" % (STAGING, os.getpid(), number) for number in range(2)]
+    """Whether files of this source can share extents: tried, on two files without a name."""
     descriptors: list[int] = []
     try:
-        for name in names:
-            descriptors.append(backing.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+        for _ in range(2):
+            descriptors.append(backing.open(STAGING, os.O_TMPFILE | os.O_RDWR))
         os.pwrite(descriptors[0], b"dedupfs!" * 512, 0)
         backing.clone(descriptors[0], descriptors[1])
     except OSError:
@@ -446,7 +445,4 @@ def supports_reflink(backing: Backing) -> bool:
     finally:
         for fd in descriptors:
             os.close(fd)
-        for name in names:
-            with suppress(FileNotFoundError):
-                backing.unlink(name)
     return True
