@@ -136,12 +136,13 @@ class Settler:
                 self._moved_directories.append(path)
 
     def is_pending(self, ino: Ino) -> bool:
-        with self._condition:
-            if ino in self._fresh or ino in self._backlog or ino in self._working:
-                return True
-        # One that an app may write to is looked at when it is closed, also if it was not written to.
+        # One that an app may write to is looked at when it is closed, also if it was not written to. Open files first: a
+        # release takes a file from there into the queue, and is not to be missed between two looks.
         key = Key(self._device, ino)
-        return self._openfiles.is_written(key) and self._openfiles.settle_when_closed(key)
+        if self._openfiles.is_written(key) and self._openfiles.settle_when_closed(key):
+            return True
+        with self._condition:
+            return ino in self._fresh or ino in self._backlog or ino in self._working
 
     # -- called by a scan ---------------------------------------------------------------------------------------------
 
