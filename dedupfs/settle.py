@@ -136,8 +136,8 @@ class Settler:
                 self._moved_directories.append(path)
 
     def is_pending(self, ino: Ino) -> bool:
-        # One that an app may write to is looked at when it is closed, also if it was not written to. Open files first: a
-        # release takes a file from there into the queue, and is not to be missed between two looks.
+        # One that an app may write to is looked at when it is closed, also if it was not written to. Open files first:
+        # a release takes a file from there into the queue, and is not to be missed between two looks.
         key = Key(self._device, ino)
         if self._openfiles.is_written(key) and self._openfiles.settle_when_closed(key):
             return True
