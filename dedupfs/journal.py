@@ -214,18 +214,23 @@ class Recording:
                 self._offer(ino, path if path is not None else UNKNOWN_PATH)
             return
         for st in self._stats([path] if path is not None else batch.paths(ino, self._backing.root_ino)):
-            # Asked after the look: a writer who came before it is seen, one who comes later changes the stamp again.
-            if st.st_ino == ino and st.st_size == record.stamp.size_bytes and not self._is_pending(ino):
-                batch.put_file(ino, record._replace(stamp=Stamp.of(st)))
+            if st.st_ino == ino:
+                # Asked after the look: a writer who came before it is seen, one who comes later changes the stamp
+                # again.
+                if st.st_size == record.stamp.size_bytes and not self._is_pending(ino):
+                    batch.put_file(ino, record._replace(stamp=Stamp.of(st)))
                 return
         self._untouched.add(ino)
 
     def catch_up(self, batch: Batch) -> None:
-        """Look again for files that were not where the journal had come to: a directory above them was moved later."""
+        """Look again for files that were not where the journal had come to: a directory above them was moved later. If
+        it is being moved just now, nobody has said so yet: then settling looks for them, which waits for that."""
         untouched, self._untouched = self._untouched, set()
         for ino in untouched:
             self._retouch(batch, ino)
-        self._untouched.clear()
+        untouched, self._untouched = self._untouched, set()
+        for ino in untouched:
+            self._offer(ino, UNKNOWN_PATH)
 
     def _stats(self, paths: list[bytes]) -> list[os.stat_result]:
         found = []

@@ -276,6 +276,37 @@ def test_settled_in_the_middle_of_a_rename_of_its_directory(known: Bench) -> Non
     assert known.duplicates("known") == ["f/new"]
 
 
+def test_a_changed_mode_is_noted_in_the_middle_of_a_rename_above(known: Bench) -> None:
+    """A settled file's attributes changed, which the index follows; and the directory above it is not where it was."""
+    backing = RenamesSlowly(known.source, b"d/e")
+    known.reopen(backing=backing)
+    known.write("d/e/new", content("unique"))
+    known.settle()
+    known.engine.vfs.chmod(b"d/e/new", None, 0o600)
+    with in_thread(lambda: known.rename("d/e", "f")):
+        backing.meeting.reached()
+        with in_thread(known.settle) as settling:
+            settling.ended(0.2)
+            backing.meeting.release()
+    known.settle()  # whose fsck at the end finds no record that is behind
+
+
+def test_a_release_between_two_looks_is_not_missed(known: Bench) -> None:
+    """From the open files into the queue: whoever looks at both finds it in one of them."""
+    handle = known.create_file("new")
+    known.write_to(handle, DATA)
+    ino, files = handle.inode.key.ino, known.engine.openfiles
+    look = files.is_written
+
+    def released_meanwhile(key: Key) -> bool:
+        known.close_file(handle)
+        return look(key)
+
+    files.is_written = released_meanwhile  # type: ignore[method-assign]
+    assert known.engine.settler.is_pending(ino)
+    del files.is_written
+
+
 def test_renamed_between_release_and_queue(known: Bench) -> None:
     """rsync writes, closes and renames; the release comes when it likes."""
     meeting = Meeting()
