@@ -213,9 +213,9 @@ class Writer:
     def _some(self) -> str | None:
         return self._rng.choice(sorted(self._app.contents)) if self._app.contents else None
 
-    def _new_name(self) -> str:
+    def _new_name(self, suffix: str = "") -> str:
         while True:
-            name = f"{self._rng.choice(_NAMES)}-{self._rng.randrange(1000)}.jpg"
+            name = f"{self._rng.choice(_NAMES)}-{self._rng.randrange(1000)}.jpg{suffix}"
             if name not in self._app.contents:
                 return name
 
@@ -243,7 +243,7 @@ class Writer:
             self._app.utime(name, self._rng.randrange(10**9, 17 * 10**17))
 
     def _save_by_rename(self) -> None:
-        draft = self._new_name() + "~"
+        draft = self._new_name(suffix="~")  # one of that name may lie there since a kill
         self._fill(draft)
         self._app.rename(draft, self._some_or_new())
 
@@ -383,7 +383,7 @@ def _main() -> NoReturn:
             try:
                 answer = _go(chosen.name, photos, *arguments)
             except (OSError, Mismatch) as error:
-                answer = {"error": ascii(error)}
+                answer = {"error": ascii(str(error))}
             print(json.dumps(answer), flush=True)
     sys.exit()
 
