@@ -135,13 +135,8 @@ class Index:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def _read(self) -> Iterator[lmdb.Transaction[bytes]]:
-        try:
-            with self._env.begin() as txn:
-                yield txn
-        except (lmdb.Error, StoreError) as error:
-            raise IndexDamaged(f"the index cannot be read ({error}); run dedupfs rebuild") from None
+    def _read(self) -> _Reading:
+        return _Reading(self._env)
 
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction[bytes]]:
@@ -400,6 +395,31 @@ def _verify(path: str) -> None:
         raise IndexDamaged(f"the index is damaged ({problems[0]})")
 
 
+class _Reading:
+    """A transaction to read in. A class, since it is entered a dozen times for a file: half the cost of a generator."""
+
+    __slots__ = ("_env", "_txn")
+
+    def __init__(self, env: lmdb.Environment) -> None:
+        self._env = env
+
+    def __enter__(self) -> lmdb.Transaction[bytes]:
+        try:
+            self._txn = self._env.begin()
+        except lmdb.Error as error:
+            raise _unreadable(error) from None
+        return self._txn
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self._txn.abort()
+        if isinstance(error, (lmdb.Error, StoreError)):
+            raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> IndexDamaged:
+    return IndexDamaged(f"the index cannot be read ({error}); run dedupfs rebuild")
+
+
 class Batch:
     """Changes that will be committed together. Its owner reads through it; nobody else sees them before `commit`."""
 
@@ -411,6 +431,7 @@ class Batch:
         self._links: dict[Ino, dict[Link, bool]] = {}  # True: put, False: removed
         self._dirs: dict[Ino, Link | None] = {}
         self._described: dict[ContentKey, Described] = {}
+        self.learned: set[Ino] = set()  # directories that were looked at for this batch, with all above them
         self.dereferenced: set[ContentKey] = set()  # contents that a record of a reference was dropped of
         self._scrubbed: list[tuple[lmdb._Database, bytes, bytes | None]] = []  # None: removed
 
@@ -503,6 +524,7 @@ class Batch:
 
     def forget_directory(self, ino: Ino) -> None:
         self._dirs[ino] = None
+        self.learned.discard(ino)
 
     def put_verified(self, content: ContentKey, verified: Verified | None) -> None:
         """A scrub read a content and found it good; None: nobody has it any more."""
@@ -556,6 +578,7 @@ class Batch:
         self._numbers.clear()
         self._links.clear()
         self._dirs.clear()
+        self.learned.clear()
         self._scrubbed.clear()
         self._described.clear()
 

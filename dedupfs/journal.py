@@ -167,8 +167,11 @@ class Recording:
         ino = Ino(st.st_ino)
         batch.put_file(ino, FileRecord(Stamp.of(st), state, content))
         batch.put_link(ino, link)
+        if link.parent in batch.learned:
+            return  # by the file before, as a rule
         with suppress(OSError):
-            self.learn_directory(batch, path.rpartition(b"/")[0])
+            if self.learn_directory(batch, path.rpartition(b"/")[0]) == link.parent:
+                batch.learned.add(link.parent)
 
     def _add_name(self, batch: Batch, ino: Ino, path: bytes) -> None:
         directory, _, name = path.rpartition(b"/")

@@ -3,8 +3,12 @@
 One walk looks at every file (lstat against the record) and offers the settler those that the index does not know as
 they are; then records whose file is gone are dropped, and blobs that nothing refers to are handed to be removed. The
 mount serves meanwhile. Stopping and starting again costs only the walk: what was settled stays known.
+
+Before the first of these, files that may have a duplicate are settled, those of one length together: so that space is
+saved first, and so that two equal files are compared while their bytes are in memory.
 """
 
+import itertools
 import logging
 import os
 import stat
@@ -25,6 +29,9 @@ log = logging.getLogger(__name__)
 # So many files wait at most to be settled while the walk goes on: it bounds the memory.
 _MOST_WAITING = 4096
 _CHUNK = 500
+
+_LENGTHS = 1 << 24  # longer files share a place with shorter ones, and may be taken for repeated
+_MOST_SORTED = 20_000  # files that are put in order at a time: it bounds the memory
 
 
 class Stopped(Exception):
@@ -95,6 +102,8 @@ class Reconciler:
         census = Census()
         failures = self._settler.failures
         complete = False
+        if not self._index.is_complete():
+            self._settle_likely_duplicates(census, settle, stopping)
         with self._settler.watching_moves() as take_moved:
             tops = [ROOT]
             while True:
@@ -124,6 +133,27 @@ class Reconciler:
             log.warning("the scan could not look at everything; blobs that seem unused are kept")
         progress("settled", census.files, census.files)
         return census
+
+    def _settle_likely_duplicates(
+        self, census: Census, settle: Callable[[], None], stopping: Callable[[], bool]
+    ) -> None:
+        """Those whose length another file has, too. The walk that follows finds them settled."""
+        met = bytearray(_LENGTHS)
+        for _, st in self._files(stopping):
+            place = st.st_size % _LENGTHS
+            met[place] = min(met[place] + 1, 2)
+        repeated = ((path, st) for path, st in self._files(stopping) if met[st.st_size % _LENGTHS] > 1)
+        while some := sorted(itertools.islice(repeated, _MOST_SORTED), key=lambda file: file[1].st_size):
+            for path, st in some:
+                if self._index.file(Ino(st.st_ino)) is None:
+                    census.offered += 1
+                    self._settler.offer(Ino(st.st_ino), path, just_seen=True)
+                    if self._settler.pending() >= _MOST_WAITING:
+                        settle()
+            settle()
+
+    def _files(self, stopping: Callable[[], bool]) -> Iterator[tuple[bytes, os.stat_result]]:
+        return ((path, st) for path, st in walk(self._backing, Census(), stopping) if stat.S_ISREG(st.st_mode))
 
     def _walk_and_look(
         self,

@@ -71,7 +71,8 @@ class Settler:
         self._moved_directories: list[bytes] | None = None
         self._changed_at = 0.0  # when an app last changed something
         self._applied = 0  # journal entries that are in the index
-        self._waiting = 0
+        self._waiting = 0  # for anything, and
+        self._asking = 0  # those of them who wait for one file: a batch ends for them, which is a flush
         self._stopping = False
         self._awake = False  # the thread knows that there is work
         self._thread: threading.Thread | None = None
@@ -185,7 +186,13 @@ class Settler:
         deadline = time.monotonic() + timeout_s
         self._openfiles.wait_until_closed(key, min(timeout_s, 2.0))
         queues = (self._fresh, self._backlog, self._working, self._settled)
-        return self._wait(lambda: not any(key.ino in queue for queue in queues), deadline - time.monotonic())
+        with self._condition:
+            self._asking += 1
+        try:
+            return self._wait(lambda: not any(key.ino in queue for queue in queues), deadline - time.monotonic())
+        finally:
+            with self._condition:
+                self._asking -= 1
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing at all is pending."""
@@ -361,7 +368,7 @@ class Settler:
                 with self._condition:
                     ino, item = taken
                     self._settled[ino] = self._working.pop(ino, item)
-                    if self._stopping or self._waiting or time.monotonic() > deadline:
+                    if self._stopping or self._asking or time.monotonic() > deadline:
                         break
             self._apply_journal(batch)  # what sharing noted belongs into the same transaction
             applied = self._journal.appended - len(self._journal)

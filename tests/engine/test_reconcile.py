@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import xxhash
 
+from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.engine import rebuild
+from dedupfs.index import Batch
 from dedupfs.model import Digest
 from dedupfs.reconcile import Stopped
 from tests.support.filesystems import remove_tree
@@ -102,6 +104,46 @@ def test_a_scan_can_be_stopped_and_goes_on(bench: Bench) -> None:
     assert not bench.engine.settler.index_is_complete
     bench.scan()
     assert bench.refs("d0/file") == 50
+
+
+def test_what_may_have_a_duplicate_is_settled_first(bench: Bench) -> None:
+    """Space is saved before the rest is read, and equal files follow each other while the bytes are in memory."""
+    never_seen(bench)
+    for number in range(12):
+        bench.put(f"d{number % 5}/file {number}", content(f"{number % 6}", (3 + number % 6) * BLOCK))
+        bench.put(f"d{number % 5}/alone {number}", content(f"alone {number}", 20 * BLOCK + number))
+    hashed: list[int] = []
+
+    def hasher(fd: int, checkpoint: Checkpoint = proceed) -> Digest:
+        hashed.append(os.fstat(fd).st_size)
+        return hash_descriptor(fd, checkpoint)
+
+    bench.open(hasher=hasher)
+    bench.scan()
+    assert hashed[:12] == [blocks * BLOCK for blocks in range(3, 9) for _ in range(2)]
+    assert sorted(hashed[12:]) == [20 * BLOCK + number for number in range(12)]
+    assert bench.status()["saved_bytes"] == sum(blocks * BLOCK for blocks in range(3, 9))
+
+
+def test_a_scan_beside_a_mount_flushes_the_index_once_for_many_files(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for everything does not end a batch, as one does who asks about one file."""
+    never_seen(bench)
+    for number in range(600):
+        bench.put(f"d{number % 7}/file {number}", content(f"{number}"))
+    files: list[int] = []
+    commit = Batch.commit
+
+    def counting(batch: Batch) -> None:
+        files.append(len(batch))
+        commit(batch)
+
+    monkeypatch.setattr(Batch, "commit", counting)
+    bench.open(start=True)
+    bench.settle()
+    assert bench.status()["files"] == 600
+    assert max(files) > 200, files
 
 
 def test_closing_in_the_middle_of_the_first_scan(bench: Bench) -> None:
