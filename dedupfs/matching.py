@@ -191,7 +191,7 @@ class Matcher:
             raise Changed("one of the two was moved meanwhile") from None
         except OSError as error:
             if self._postpone(file.key.ino, file.path):
-                log.warning("cannot share %s now: %s", os.fsdecode(file.path), error)
+                log.warning("cannot share %s now: %s", os.fsdecode(file.path), error.strerror or error)
             return False
 
     def _size_of(self, batch: Batch, content: ContentKey, others: Others) -> int | None:

@@ -4,8 +4,8 @@ One walk looks at every file (lstat against the record) and offers the settler t
 they are; then records whose file is gone are dropped, and blobs that nothing refers to are handed to be removed. The
 mount serves meanwhile. Stopping and starting again costs only the walk: what was settled stays known.
 
-Before the first of these, files that may have a duplicate are settled, those of one length together: so that space is
-saved first, and so that two equal files are compared while their bytes are in memory.
+Before the first of these, files that may have a duplicate are settled, large ones of one length together: so that space
+is saved first, and so that two equal files are compared while their bytes are in memory.
 """
 
 import itertools
@@ -32,6 +32,9 @@ _CHUNK = 500
 
 _LENGTHS = 1 << 24  # longer files share a place with shorter ones, and may be taken for repeated
 _MOST_SORTED = 20_000  # files that are put in order at a time: it bounds the memory
+_LARGE_BYTES = (
+    1 << 18
+)  # smaller files stay in the order of the walk: to find them on a disk takes longer than to read them
 
 
 class Stopped(Exception):
@@ -143,7 +146,8 @@ class Reconciler:
             place = st.st_size % _LENGTHS
             met[place] = min(met[place] + 1, 2)
         repeated = ((path, st) for path, st in self._files(stopping) if met[st.st_size % _LENGTHS] > 1)
-        while some := sorted(itertools.islice(repeated, _MOST_SORTED), key=lambda file: file[1].st_size):
+        while some := list(itertools.islice(repeated, _MOST_SORTED)):
+            some.sort(key=lambda file: max(file[1].st_size, _LARGE_BYTES))
             for path, st in some:
                 if self._index.file(Ino(st.st_ino)) is None:
                     census.offered += 1
