@@ -15,8 +15,10 @@ Reference xattr (44 bytes; docs/format.md has the table):
     40  4   CRC-32 of bytes 0..39 and nothing else: tells a damaged record, proves nothing
 """
 
+import json
 import struct
 import zlib
+from typing import Any
 
 from .errors import StoreError
 from .model import (
@@ -56,6 +58,17 @@ _PASS = struct.Struct(">BIqq")
 _DAMAGE_KEY = struct.Struct(">16sHBQ")
 _DAMAGE = struct.Struct(">BQqq")
 _SCRUB_VERSION = 1  # of these three
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The object in a record that is text. Raises ValueError for anything else, also where it nests too deep."""
+    try:
+        found = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
 
 
 def encode_reference(reference: Reference) -> bytes:

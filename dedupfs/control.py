@@ -22,6 +22,7 @@ from contextlib import closing, suppress
 
 from . import store
 from .backing import Backing, filesystem_type
+from .codec import json_object
 from .errors import (
     EXIT_INTERNAL,
     EXIT_OS_ERROR,
@@ -200,12 +201,9 @@ def _receive(connection: socket.socket) -> dict[str, object]:
     if len(raw) > _REQUEST_LIMIT_BYTES:
         raise UsageError(f"a request may have {_REQUEST_LIMIT_BYTES >> 20} MiB; name fewer paths at once")
     try:
-        request = json.loads(raw)
-    except (ValueError, RecursionError):
-        request = None
-    if not isinstance(request, dict):
-        raise UsageError("the request is not a JSON object in one line")
-    return request
+        return json_object(raw)
+    except ValueError:
+        raise UsageError("the request is not a JSON object in one line") from None
 
 
 def _credentials(connection: socket.socket) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .backing import Backing
+from .codec import json_object
 from .model import STORE_DIRECTORY, ContentKey, Digest
 
 log = logging.getLogger(__name__)
@@ -56,14 +57,15 @@ class Decisions:
         if not line:
             return
         try:
-            entry = json.loads(line)
-            contents = [_content(name) for name in entry["contents"]]
-            action = str(entry["action"])
-        except (ValueError, KeyError, TypeError):
+            entry = json_object(line)
+            contents = [_content(name) for name in _texts(entry.get("contents"))]
+            _texts(entry.get("paths"))
+            _texts([entry.get(key) for key in ("at", "who", "action", "text", "before")])
+        except ValueError:
             log.warning("a line of %s cannot be read; it has no effect", os.fsdecode(DECISIONS))
             return
         self._entries.append(entry)
-        self._apply(action, contents)
+        self._apply(entry["action"], contents)
 
     def _apply(self, action: str, contents: list[ContentKey]) -> None:
         if action == PIN:
@@ -126,8 +128,16 @@ class Decisions:
         return [entry for entry in self._entries if not names.isdisjoint(entry["contents"])]
 
 
+def _texts(found: Any) -> list[str]:
+    """A list of texts. Raises ValueError for anything else."""
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(found)
+    return found
+
+
 def _content(name: str) -> ContentKey:
     digest, _, collision = name.partition(".")
-    if len(digest) != 32:
+    content = ContentKey(Digest(bytes.fromhex(digest)), int(collision))
+    if len(digest) != 32 or content.name != name:
         raise ValueError(name)
-    return ContentKey(Digest(bytes.fromhex(digest)), int(collision))
+    return content

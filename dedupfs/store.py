@@ -28,6 +28,7 @@ from contextlib import suppress
 from typing import Self
 
 from .backing import Backing
+from .codec import json_object
 from .errors import Busy, SourceError, StoreError, UnknownFormat
 from .model import STORE_DIRECTORY
 from .readme import readme
@@ -109,15 +110,19 @@ class Store:
             self._backing.fsync_directory(b"")
             return identity
         try:
-            known = json.loads(raw)
+            known = json_object(raw)
+            if not isinstance(known.get("version"), (int, str)):
+                raise ValueError("version")
             version = int(known["version"])
             if version != FORMAT_VERSION:
                 # Before anything else is looked for: another version may keep it elsewhere.
                 raise UnknownFormat(
                     f"{shown} says format {version}, this dedupfs knows {FORMAT_VERSION}; use a newer one"
                 )
-            identity, references = str(known["uuid"]), str(known["references"])
-        except (ValueError, KeyError, TypeError):
+            identity, references = str(uuid.UUID(str(known.get("uuid")))), known.get("references")
+            if references not in ("trusted", "user"):
+                raise ValueError("references")
+        except ValueError:
             raise StoreError(f"{shown} is damaged; restore that file from a backup of the store") from None
         if references != self._namespace:
             # Read under the other name, every reference would look like a file of zeros, and every blob unused.
@@ -149,9 +154,11 @@ class Store:
         if not raw:
             return EVERYTHING
         try:
-            record = json.loads(raw)
+            record = json_object(raw)
             include, exclude = (tuple(os.fsencode(glob) for glob in record[name]) for name in ("include", "exclude"))
-            return SharingRules(int(record["min_size_bytes"]), include, exclude)
+            if type(record["min_size_bytes"]) is not int:
+                raise TypeError(record["min_size_bytes"])
+            return SharingRules(record["min_size_bytes"], include, exclude)
         except (ValueError, KeyError, TypeError):
             shown = os.fsdecode(self._backing.source + b"/" + _RULES)
             raise StoreError(f"{shown} is damaged: which files must not share is not known; mount once") from None
@@ -217,10 +224,10 @@ def is_owned(backing: Backing) -> bool:
 def read_daemon(backing: Backing) -> dict[str, object] | None:
     """What the mount that owns the store announced, None when there is nothing (or nothing legible)."""
     try:
-        record = json.loads(_read(backing, _DAEMON) or b"null")
+        record = json_object(_read(backing, _DAEMON))
     except ValueError:
         return None
-    return record if isinstance(record, dict) and {"pid", "mountpoint", "socket"} <= record.keys() else None
+    return record if {"pid", "mountpoint", "socket"} <= record.keys() else None
 
 
 def set_aside(backing: Backing, path: bytes) -> None:
