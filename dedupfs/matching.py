@@ -294,7 +294,7 @@ class Matcher:
             held = batch.file(ino)
             if held is not None and held.state is FileState.REFERENCE:
                 continue  # of a file that is not there; the walk drops it
-            paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._leads_to(path, ino)]
+            paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._is_at(path, ino)]
             batch.doubt_file(ino)
             if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)):
                 self._offer(ino, paths[0] if paths else UNKNOWN_PATH)
@@ -304,16 +304,18 @@ class Matcher:
         """Whether an inode that is recorded as a reference is one. After a power loss the index may know of more than
         the tree: LMDB flushes its own pages, which does not carry the filesystem's journal to disk."""
         record = batch.file(ino)
-        if record is None or record.state is not FileState.REFERENCE:
-            return False
+        return record is not None and record.state is FileState.REFERENCE and self.leads_to(batch, ino, content)
+
+    def leads_to(self, batch: Batch, ino: Ino, content: ContentKey) -> bool:
+        """Whether an inode is a reference to this content, whatever the index says of it but its names."""
         for path in batch.paths(ino, self._backing.root_ino):
             with suppress(OSError, StoreError):
                 reference = self._backing.read_reference(path)
-                if reference is not None and reference.content == content and self._leads_to(path, ino):
+                if reference is not None and reference.content == content and self._is_at(path, ino):
                     return True
         return False
 
-    def _leads_to(self, path: bytes, ino: Ino) -> bool:
+    def _is_at(self, path: bytes, ino: Ino) -> bool:
         try:
             return self._backing.lstat(path).st_ino == ino
         except OSError:

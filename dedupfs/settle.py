@@ -10,6 +10,7 @@ A failure never reaches an app: the file stays as it is, where it is; it is logg
 written or scanned.
 """
 
+import itertools
 import logging
 import os
 import threading
@@ -520,6 +521,16 @@ class Settler:
                         log.warning("blob %s cannot be removed; the next scan tries again: %s", content.name, error)
 
     def is_referenced(self, content: ContentKey) -> bool:
-        """Whether the index knows a reference to this content."""
-        records = (self._index.file(ino) for ino in self._index.sharers(content))
-        return any(record is not None and record.state is FileState.REFERENCE for record in records)
+        """Whether there is a reference to this content.
+
+        One wrong record of the index must not be enough to lose it: two tables say who has the content, each of these
+        has a record, and who is said to share it otherwise is looked at.
+        """
+        sharers = self._index.sharers(content)
+        for ino in itertools.chain(sharers, self._index.iter_holders(content)):
+            record = self._index.file(ino)
+            if record is None or record.state is FileState.REFERENCE:
+                return True
+        # Where files share extents, that is what all of them are; a blob is there when it was otherwise once.
+        batch = self._index.batch()
+        return any(self._matcher.leads_to(batch, ino, content) for ino in sharers)
