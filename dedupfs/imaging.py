@@ -12,10 +12,11 @@ from .decisions import Decisions
 from .describing import Describer
 from .duplicates import Answers
 from .index import Index
-from .model import Caller, Progress
+from .model import Caller, Learned, Progress
 from .pictures import XATTRS, Pictures
 from .settle import Settler
 from .similar import Similar
+from .watching import Watching
 from .workers import Workers
 
 # Pictures described at the same time: half of the processors are left to apps whatever their priority.
@@ -40,7 +41,13 @@ class Imaging:
             self._workers,
             Decisions(backing),
         )
-        settler.on_settled = self.describer.wake
+        self.watching = Watching(answers, self.pictures)
+        self.describer.on_described = self.watching.described
+        settler.on_settled = self._settled
+
+    def _settled(self, learned: list[Learned]) -> None:
+        self.describer.wake()
+        self.watching.settled(learned)
 
     def answers(self, name: bytes) -> bool:
         """Whether `user.dedupfs.<name>` is about pictures."""
@@ -57,4 +64,5 @@ class Imaging:
             progress("describing", done, done + self.describer.totals().waiting)
 
     def stop(self) -> None:
+        self.watching.stop()
         self.describer.stop()

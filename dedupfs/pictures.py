@@ -282,18 +282,14 @@ class Pictures:
         found: list[dict[str, object]] = []
         for content, alikes in self._similar.neighbours():
             for alike in alikes:
-                if alike.content <= content or alike.relation not in _CONFLICTING:
+                if alike.content <= content or not self._may_conflict(content, alike):
                     continue
-                if not self._counts(content, alike.content):
-                    continue
-                claim = self._common_claim(content, alike.content)
+                paths = [sorted(self._answers.paths(each)) for each in (content, alike.content)]
+                claim = self._common_claim((content, paths[0]), (alike.content, paths[1]))
                 if claim:
                     found.append(
                         {
-                            "paths": [
-                                [os.fsdecode(path) for path in sorted(self._answers.paths(each))]
-                                for each in (content, alike.content)
-                            ],
+                            "paths": [[os.fsdecode(path) for path in each] for each in paths],
                             "relation": str(alike.relation),
                             "distance": alike.distance,
                             "claim": claim,
@@ -301,13 +297,32 @@ class Pictures:
                     )
         return found
 
-    def _common_claim(self, one: ContentKey, other: ContentKey) -> str:
-        records = [entry.record for each in (one, other) if (entry := self._index.images.entry(each)) is not None]
+    def conflicts_of(self, content: ContentKey) -> list[tuple[Alike, str]]:
+        """What is in conflict with a picture, and what both claim, the nearest first."""
+        found = []
+        for alike in self.versions(content):
+            if self._may_conflict(content, alike):
+                both = (content, self._answers.paths(content)), (alike.content, self._answers.paths(alike.content))
+                if claim := self._common_claim(*both):
+                    found.append((alike, claim))
+        return found
+
+    def versions(self, content: ContentKey) -> list[Alike]:
+        """The other versions of a photograph, the nearest first."""
+        alikes = (alike for alike in self._alike(content) if alike.relation.is_same_picture)
+        return sorted(alikes, key=_nearest_first)
+
+    def _may_conflict(self, content: ContentKey, alike: Alike) -> bool:
+        return alike.relation in _CONFLICTING and self._counts(content, alike.content)
+
+    def _common_claim(self, one: tuple[ContentKey, list[bytes]], other: tuple[ContentKey, list[bytes]]) -> str:
+        """What two pictures, each with its paths, both claim to be; "" where that is nothing."""
+        records = [entry.record for each, _ in (one, other) if (entry := self._index.images.entry(each)) is not None]
         if len(records) == 2 and records[0] is not None and records[1] is not None:
             first, second = records[0], records[1]
             if first.taken and (first.taken, first.camera) == (second.taken, second.camera):
                 return f"taken {first.taken}" + (f" by {first.camera}" if first.camera else "")
-        names = [{os.path.basename(path).lower() for path in self._answers.paths(each)} for each in (one, other)]
+        names = [{os.path.basename(path).lower() for path in paths} for _, paths in (one, other)]
         common = sorted(names[0] & names[1])
         return f"called {os.fsdecode(common[0])}" if common else ""
 

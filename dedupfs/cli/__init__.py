@@ -37,6 +37,7 @@ from . import (
     similar,
     status,
     umount,
+    watch,
 )
 from .output import printable
 
@@ -75,7 +76,7 @@ exit codes:
 
 _COMMANDS = (
     *(estimate, mount, umount, status, health, settle, duplicates, report),
-    *(similar, find, groups, authoritative, not_similar, conflicts),
+    *(similar, find, groups, authoritative, not_similar, conflicts, watch),
     *(scan, scrub, restore, leave, rebuild, fsck, gc, config),
 )
 

@@ -49,6 +49,7 @@ LAYERS = [
     "similar",
     "describing",
     "pictures",
+    "watching",
     "imaging",
     "orphans",
     "fileio",
