@@ -8,6 +8,7 @@ import os
 from .asking import AsCaller
 from .backing import Backing
 from .blobs import Blobs
+from .claims import NamePattern
 from .decisions import Decisions
 from .describing import Describer
 from .duplicates import Answers
@@ -27,7 +28,16 @@ _WAIT_S = 0.5
 
 class Imaging:
     def __init__(
-        self, backing: Backing, index: Index, blobs: Blobs, settler: Settler, answers: Answers, as_caller: AsCaller
+        self,
+        backing: Backing,
+        index: Index,
+        blobs: Blobs,
+        settler: Settler,
+        answers: Answers,
+        as_caller: AsCaller,
+        *,
+        name_pattern: NamePattern | None = None,
+        preferred: tuple[bytes, ...] = (),
     ) -> None:
         self._workers, self._similar = Workers(_AT_A_TIME + 1), Similar(index.images)  # one for who asks
         self.describer = Describer(backing, index, blobs, settler, self._similar, self._workers, at_a_time=_AT_A_TIME)
@@ -40,6 +50,8 @@ class Imaging:
             self._similar,
             self._workers,
             Decisions(backing),
+            name_pattern=name_pattern,
+            preferred=preferred,
         )
         self.watching = Watching(answers, self.pictures)
         self.describer.on_described = self.watching.described

@@ -18,6 +18,7 @@ LAYERS = [
     "model",
     # pure
     "rules",
+    "claims",
     "config",
     "digest",
     "codec",
@@ -86,11 +87,13 @@ OWNERS = {
     "xxhash": "digest",
     "PIL": "phash",
     "imagehash": "phash",
+    "re2": "claims",
 }
 
 # Importing inside a function hides a circle, or is needed: (importer, imported) with the reason.
 LATE = {
     ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
+    ("claims", "re2"),  # large, and most commands and mounts do without
     ("engine", "imaging"),  # loads numpy, which commands without a mount do without
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
