@@ -1,5 +1,6 @@
 """Pictures that are the same without having the same bytes: found, named and judged, for who may know of them."""
 
+import csv
 import errno
 import io
 import json
@@ -411,6 +412,29 @@ def test_preferred_folders_decide_last(mounted: Mounted) -> None:
     # what was there earlier comes before
     os.utime(mounted.path("a/one.jpg"), ns=(10**17, 10**17))
     assert mounted.xattr("scans/one.jpg", "authoritative") == b"a/one.jpg"
+
+
+@ONE_FLAVOUR
+def test_groups_for_a_spreadsheet_that_runs_no_name(mounted: Mounted) -> None:
+    image = picture()
+    names = [b"=cmd|' !A0.jpg", b"+1.jpg", b"-2.jpg", b"@SUM(A1).jpg", "＝1.jpg".encode(), b"'=1.jpg"]
+    names += [b'a","b\n=1.jpg', b"\t=1.jpg", b"\r=1.jpg", b"\xff=1.jpg", "\u202egpj.exe".encode(), b"plain.jpg"]
+    mounted.path("camera.jpg").write_bytes(jpeg(image, 95, exif=camera_exif()))
+    for number, name in enumerate(names):
+        mounted.path(name).write_bytes(jpeg(image, 60 + number))
+    mounted.settle()
+    told = mounted.run("groups", mounted.mountpoint, "--csv").stdout
+    head, *rows = csv.reader(io.StringIO(told, newline=""))
+    assert head == ["group", "relation", "distance", "path"]
+    assert rows[0] == ["1", "authoritative", "0", "camera.jpg"]
+    assert len(rows) == 1 + len(names)
+    assert {row[0] for row in rows} == {"1"}
+    assert {row[1] for row in rows[1:]} == {"recompressed"}
+    assert all(row[2].isdecimal() for row in rows)
+    cells = [row[3] for row in rows]
+    assert all(cell.isprintable() and cell[0] not in "=+-@\t\r＝＋－＠" for cell in cells)
+    assert {"'=cmd|' !A0.jpg", "'+1.jpg", "'-2.jpg", "'@SUM(A1).jpg", "'＝1.jpg", "plain.jpg"} <= set(cells)
+    mounted.run("groups", mounted.mountpoint, "--csv", "--json", exit_code=64)
 
 
 @needs_root
