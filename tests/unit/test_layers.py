@@ -24,7 +24,9 @@ LAYERS = [
     "codec",
     "phash",
     "likeness",
+    "difference",
     "authority",
+    "png",
     # storage
     "backing",
     "readme",
@@ -94,6 +96,7 @@ OWNERS = {
 LATE = {
     ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
     ("claims", "re2"),  # large, and most commands and mounts do without
+    ("cli.diff", "likeness"),  # loads numpy, which all other commands do without
     ("engine", "imaging"),  # loads numpy, which commands without a mount do without
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
