@@ -8,6 +8,7 @@ The first criterion on which two versions differ decides between them, later one
     compression   the finer quantisation of a JPEG; formats without loss are finest
     captured      the earlier time of capture; any before none
     seen          the earlier modification time of its oldest copy
+    preferred     a copy in a folder that the configuration prefers; the one named first before the next
     digest        nothing tells them apart: the lower digest, so that every answer is the same
 """
 
@@ -27,6 +28,8 @@ class Candidate(NamedTuple):
     record: ImageRecord
     seen_ns: int
     pinned: bool
+    preference: int = 0  # the place of its best copy's folder in the list of preferred ones; its length for none
+    folder: str = ""  # that folder
 
 
 class Reason(NamedTuple):
@@ -44,7 +47,7 @@ class Verdict:
     lost_by: dict[ContentKey, Reason]
 
 
-CRITERIA = ("pinned", "original", "resolution", "compression", "captured", "seen", "digest")
+CRITERIA = ("pinned", "original", "resolution", "compression", "captured", "seen", "preferred", "digest")
 
 
 def judge(candidates: list[Candidate]) -> Verdict:
@@ -81,6 +84,7 @@ def rank(candidate: Candidate) -> tuple[Any, ...]:
         -_quality(record),
         record.taken or "9999",
         candidate.seen_ns,
+        candidate.preference,
         candidate.content,
     )
 
@@ -102,4 +106,6 @@ def _value(candidate: Candidate, criterion: str) -> str:
             return record.taken or "not known"
         case "seen":
             return f"{candidate.seen_ns / 1e9:.0f}"
+        case "preferred":
+            return candidate.folder or "in no preferred folder"
     return candidate.content.digest.hex()

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .claims import NamePattern
 from .errors import UsageError
 from .model import SMALLEST_SHARED_BYTES
 from .rules import SharingRules, is_glob
@@ -53,6 +54,10 @@ class MountOptions:
     scrub_rate_mb_s: float = 50
     # Which files never share; None: those that the last mount was told.
     rules: SharingRules | None = None
+    # Folders whose versions of a photograph are held authoritative where nothing else decides, the first one first.
+    prefer: tuple[bytes, ...] = ()
+    # Finds in a file's name the number by which two files claim to be one photograph; "" for none (see `claims`).
+    name_pattern: str = ""
     # Where metrics are told: the path of a socket, [HOST:]PORT, or "" for nowhere.
     metrics: str = ""
     # What libfuse is told, one `-o` word each.
@@ -81,8 +86,8 @@ _FOR_OTHERS = ("defaults", "auto", "noauto", "user", "nouser", "users", "nofail"
 
 # The words that take one of some values, those that take another, and those that may be repeated.
 _CHOICES: dict[str, type[Share] | type[Passthrough]] = {"share": Share, "passthrough": Passthrough}
-_VALUES = {"min_size": "BYTES", "scrub_rate": "MB/s", "metrics": "SOCKET|[HOST:]PORT"}
-_LISTS = {"include": "GLOB", "exclude": "GLOB"}
+_VALUES = {"min_size": "BYTES", "scrub_rate": "MB/s", "metrics": "SOCKET|[HOST:]PORT", "name_pattern": "REGEX"}
+_LISTS = {"include": "GLOB", "exclude": "GLOB", "prefer": "DIR"}
 _CONFIG = "config"
 
 _KNOWN = [
@@ -106,6 +111,8 @@ _DEFAULTS: dict[str, object] = {
     "min_size": SMALLEST_SHARED_BYTES,
     "include": (),
     "exclude": (),
+    "prefer": (),
+    "name_pattern": "",
     "scrub_rate": 50,
     "metrics": "",
 }
@@ -180,7 +187,9 @@ def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptio
     words += ["allow_other"] if value["allow_other"] else []
     words += [word for word in _ROOT_ONLY if privileged and not value[f"no{word}"]]
     words += [word for word in _PASSED_ON if value[word]]
-    include, exclude = (tuple(dict.fromkeys(os.fsencode(glob) for glob in _strings(value[name]))) for name in _LISTS)
+    include, exclude, prefer = (
+        tuple(dict.fromkeys(os.fsencode(glob) for glob in _strings(value[name]))) for name in _LISTS
+    )
     return MountOptions(
         share=Share(str(value["share"])),
         passthrough=Passthrough(str(value["passthrough"])),
@@ -189,6 +198,8 @@ def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptio
         allow_other=bool(value["allow_other"]),
         scrub_rate_mb_s=float(str(value["scrub_rate"])),
         rules=SharingRules(min_size_bytes=int(str(value["min_size"])), include=include, exclude=exclude),
+        prefer=prefer,
+        name_pattern=str(value["name_pattern"]),
         metrics=str(value["metrics"]),
         fuse_words=tuple(words),
     )
@@ -250,6 +261,15 @@ def _checked(name: str, value: object) -> object:
                 if not isinstance(glob, str) or not is_glob(glob):
                     raise UsageError(f"{name}: {glob!r} is no glob")
             return tuple(value)
+        case "prefer", list():
+            for folder in value:
+                if not isinstance(folder, str) or not _is_folder(folder):
+                    raise UsageError(f"prefer: {folder!r} is no directory relative to the source")
+            return tuple(folder.rstrip("/") for folder in value)
+        case "name_pattern", str():
+            if value:
+                NamePattern(value)
+            return value
         case (("source" | "mountpoint"), str()):
             if not value.startswith("/"):
                 raise UsageError(f"{name}: {value!r} is not an absolute path")
@@ -257,7 +277,7 @@ def _checked(name: str, value: object) -> object:
         case _, bool() if isinstance(_DEFAULTS.get(name), bool):
             return value
     kinds = {**dict.fromkeys((*_LISTS,), "a list of strings"), **dict.fromkeys((*_CHOICES, *_PLACES), "a string")}
-    kinds |= {"scrub_rate": "a number", "metrics": "a string or a port"}
+    kinds |= {"scrub_rate": "a number", "metrics": "a string or a port", "name_pattern": "a string"}
     raise UsageError(f"{name} is {kinds.get(name, 'true or false')}, not {value!r}")
 
 
@@ -274,6 +294,14 @@ def _is_address(text: str) -> bool:
         return True
     host, colon, port = text.rpartition(":")
     return port.isascii() and port.isdecimal() and 0 < int(port) < 65536 and bool(host) == bool(colon)
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        parts = os.fsencode(text.rstrip("/")).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return all(part not in (b"", b".", b"..") and b"\0" not in part for part in parts)
 
 
 def _read_file(path: str) -> list[Setting]:

@@ -2,7 +2,8 @@
 
 One request a connection, in lines of JSON. The client sends `{"command": name, ...arguments}`; the server answers with
 any number of `{"progress": [phase, done, total or null]}` and then one `{"result": ...}` or
-`{"error": text, "exit_code": number}`. Paths are strings as `os.fsdecode` makes them.
+`{"error": text, "exit_code": number}`. Paths are strings as `os.fsdecode` makes them. A command that is a stream sends
+one line of progress when it has begun, then `{"event": ...}` for as long as the client listens, and ends in an error.
 
 Only root and the user of the daemon are answered. The daemon owns its `Server`, which runs each command in a thread of
 its own; the functions below it are the client's side.
@@ -12,6 +13,7 @@ import errno
 import json
 import logging
 import os
+import select
 import socket
 import stat
 import struct
@@ -19,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
+from typing import NoReturn, Protocol
 
 from . import store
 from .backing import Backing, filesystem_type
@@ -44,6 +47,17 @@ FUSE_TYPE = "fuse.dedupfs"
 
 Command = Callable[[Mapping[str, object], Progress], object]
 
+
+class Stream(Protocol):
+    """Something that goes on: `fileno` is readable while `take` has something to give, each piece as JSON."""
+
+    def fileno(self) -> int: ...
+    def take(self) -> list[bytes]: ...
+    def close(self) -> None: ...
+
+
+Listen = Callable[[Mapping[str, object]], Stream]
+
 _REQUEST_LIMIT_BYTES = 16 << 20  # more than the longest command line can hold
 _PATIENCE_S = 30.0  # for a client that neither reads nor writes
 _PROGRESS_INTERVAL_S = 0.1
@@ -63,13 +77,13 @@ class _ClientGone(Exception):
 class Server:
     """Answers on one socket from `start` until `close`. Commands may run at the same time, each in its own thread."""
 
-    def __init__(self, path: str, commands: Mapping[str, Command]) -> None:
+    def __init__(self, path: str, commands: Mapping[str, Command], streams: Mapping[str, Listen] | None = None) -> None:
         """Listen at `path`. Raises OSError; SourceError when somebody else could put a socket in that place.
 
         The caller owns the store that the path is named after, so a socket that is there already is a dead daemon's.
         """
         self.path = path
-        self._commands = commands
+        self._commands, self._streams = commands, streams or {}
         self._stopping = threading.Event()
         self._requests: dict[threading.Thread, socket.socket] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -141,6 +155,8 @@ class Server:
         try:
             arguments = _receive(connection)
             name = arguments.pop("command", None)
+            if isinstance(name, str) and name in self._streams:
+                self._send_stream(connection, self._streams[name](arguments))
             command = self._commands.get(name) if isinstance(name, str) else None
             if command is None:
                 raise UsageError(f"the mount does not know the command {name!r}; is it of another version of dedupfs?")
@@ -156,6 +172,30 @@ class Server:
             return _line(
                 {"error": "internal error in the mount; its log has the traceback", "exit_code": EXIT_INTERNAL}
             )
+
+    def _send_stream(self, connection: socket.socket, stream: Stream) -> NoReturn:
+        """Send what there is until the client goes or the server stops, however slowly it is taken: nobody but this
+        thread waits for a client. Raises _ClientGone, NotMounted."""
+        with closing(stream):
+            connection.setblocking(False)
+            unsent = _line({"progress": ["watching", 0, None]})
+            while not self._stopping.is_set():
+                poll = select.poll()
+                poll.register(connection, select.POLLIN | (select.POLLOUT if unsent else 0))
+                if not unsent:
+                    poll.register(stream, select.POLLIN)
+                happened = dict(poll.poll())
+                if happened.get(connection.fileno(), 0) & ~select.POLLOUT and not self._stopping.is_set():
+                    raise _ClientGone("stopped listening")  # it has nothing more to say to us
+                if happened.get(connection.fileno(), 0) & select.POLLOUT:
+                    with suppress(BlockingIOError):
+                        unsent = unsent[connection.send(unsent) :]
+                elif not unsent:
+                    unsent = b"".join(b'{"event": %s}\n' % event for event in stream.take())
+            if unsent:
+                raise _ClientGone("has not taken what there was")
+            connection.settimeout(_PATIENCE_S)
+            raise NotMounted("the mount went down; watch it again when it is back")
 
     def _progress_to(self, connection: socket.socket) -> Progress:
         last_phase: str | None = None
@@ -226,10 +266,17 @@ def _make_directory(path: str) -> None:
 # -- the client's side ------------------------------------------------------------------------------------------------
 
 
-def call(socket_path: str, command: str, arguments: Mapping[str, object], progress: Progress) -> object:
+def call(
+    socket_path: str,
+    command: str,
+    arguments: Mapping[str, object],
+    progress: Progress,
+    event: Callable[[object], None] | None = None,
+) -> object:
     """What the mount behind the socket answers. Raises what the command raised there, NotMounted when nobody listens.
 
-    Waits for as long as the command takes; what `progress` raises ends the command.
+    Waits for as long as the command takes; what `progress` raises ends the command. `event` is told what a stream
+    sends.
     """
     gone = NotMounted("the mount went down before it answered; see its log, and run the command again")
     with _connect(socket_path) as connection:
@@ -246,6 +293,9 @@ def call(socket_path: str, command: str, arguments: Mapping[str, object], progre
                 message = json.loads(raw)
                 if "progress" in message:
                     progress(*message["progress"])
+                elif "event" in message:
+                    if event is not None:
+                        event(message["event"])
                 elif "error" in message:
                     raise _error_from(message)
                 else:

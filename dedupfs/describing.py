@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
@@ -58,6 +58,10 @@ def looks_like_picture(head: bytes) -> bool:
     )
 
 
+def _nobody(contents: list[ContentKey]) -> None:
+    """Nobody wants to know."""
+
+
 class Describer:
     """One for a mount. `start` and `stop` by its owner; `wake` when files were settled; asking from any thread."""
 
@@ -84,6 +88,8 @@ class Describer:
         self._waiting = self._asking = 0  # how many wait; how many of them for one picture
         self._thread: threading.Thread | None = None
         self._complained = ""  # once is enough
+        # Called with new pictures that resemble others, once the index knows; a mount sets it. Describing waits for it.
+        self.on_described: Callable[[list[ContentKey]], None] = _nobody
         self.why_not = ""  # why no picture can be described
         self.described = 0
 
@@ -317,6 +323,7 @@ class Describer:
         return list(dict.fromkeys(record.content for record in records if record is not None))
 
     def _write(self, done: dict[ContentKey, Described]) -> None:
+        new = [content for content, described in done.items() if described.alike and self._index.images.is_new(content)]
         with self._settler.writing() as batch:
             for content, described in done.items():
                 batch.put_image(content, described)
@@ -324,6 +331,7 @@ class Describer:
         with self._condition:
             self.described += len(done)
             self._condition.notify_all()
+        self.on_described(new)
 
     def _describe(self, content: ContentKey) -> Described | None:
         """None when no file with this content can be read as it was settled. In a thread of the pool."""

@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .asking import AsCaller
@@ -86,8 +87,11 @@ class Answers:
 
     def paths(self, content: ContentKey) -> list[bytes]:
         """Every path of the tree with this content."""
-        found: list[bytes] = []
-        for ino in self._index.holders(content):
+        return list(self.iter_paths(content))
+
+    def iter_paths(self, content: ContentKey) -> Iterator[bytes]:
+        """The same, one after the other: for who needs the first few of perhaps a hundred thousand."""
+        for ino in self._index.iter_holders(content):
             record = self._index.file(ino)
             for path in self._index.paths(ino, self._backing.root_ino) if record is not None else []:
                 try:
@@ -95,8 +99,28 @@ class Answers:
                 except OSError:
                     continue
                 if st.st_ino == ino and record is not None and Stamp.of(st) == record.stamp:
-                    found.append(path)
-        return found
+                    yield path
+
+    def has(self, path: bytes, content: ContentKey) -> bool:
+        """Whether the file at this path is known to have this content, and is as it was then."""
+        try:
+            st = self._backing.lstat(path)
+        except OSError:
+            return False
+        record = self._index.file(Ino(st.st_ino)) if st.st_dev == self._backing.device else None
+        return record is not None and record.content == content and record.stamp == Stamp.of(st)
+
+    def newest(self, paths: list[bytes]) -> bytes:
+        """Of these paths, the one whose file was changed in any way last; b"" where there is none."""
+        found = []
+        for path in paths:
+            with suppress(OSError):
+                found.append((self._backing.lstat(path).st_ctime_ns, path))
+        return max(found)[1] if found else b""
+
+    def count(self, content: ContentKey) -> int:
+        """How many files (inodes) are known to have this content."""
+        return self._index.count_holders(content)
 
     def group(self, path: bytes) -> Group:
         _, record = self.settled(path)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from .asking import AsCaller
 from .backing import Backing
 from .blobs import Blobs
+from .claims import NamePattern
 from .config import MountOptions
 from .digest import Checkpoint, DescriptorHasher, hash_descriptor, proceed
 from .duplicates import Answers, Group
@@ -60,6 +61,8 @@ class Engine:
     ) -> None:
         """Take the store. Raises what `Store` raises, and Unavailable when the wanted sharing cannot be had."""
         self._read_only = options.read_only
+        self._name_pattern = NamePattern(options.name_pattern) if options.name_pattern else None
+        self._preferred = options.prefer
         self.backing = backing or Backing(source, noatime=options.noatime)
         with ExitStack() as stack:
             stack.callback(self.backing.close)
@@ -183,7 +186,16 @@ class Engine:
     def _start_imaging(self) -> None:
         from .imaging import Imaging  # loads numpy, which commands without a mount do without
 
-        self.imaging = Imaging(self.backing, self.index, self.blobs, self.settler, self.answers, self._as_caller)
+        self.imaging = Imaging(
+            self.backing,
+            self.index,
+            self.blobs,
+            self.settler,
+            self.answers,
+            self._as_caller,
+            name_pattern=self._name_pattern,
+            preferred=self._preferred,
+        )
         self.imaging.describer.start()
 
     def _answer(self, path: bytes, name: bytes, caller: Caller) -> bytes:

@@ -68,6 +68,11 @@ class ImageTables:
             value = txn.get(codec.encode_content(content), db=self._images)
             return None if value is None else codec.decode_image_entry(value)
 
+    def is_new(self, content: ContentKey) -> bool:
+        """Whether a content waits because it came, not to be described again."""
+        entry = self.entry(content)
+        return entry is not None and entry.state is ImageState.WAITING and entry.sequence >= _FIRST_SEQUENCE
+
     def picture(self, content: ContentKey) -> tuple[ImageRecord, Thumbnails] | None:
         """A described picture and its views."""
         key = codec.encode_content(content)
@@ -203,10 +208,9 @@ class ImageTables:
 
     def _put_into_backlog(self, txn: Transaction, key: bytes, *, newest: bool) -> None:
         with txn.cursor(self._backlog) as cursor:
-            if not (cursor.last() if newest else cursor.first()):
-                sequence = _FIRST_SEQUENCE
-            else:
-                sequence = codec.decode_sequence(cursor.key()) + (1 if newest else -1)
+            found = cursor.last() if newest else cursor.first()
+            nearest = codec.decode_sequence(cursor.key()) if found else _FIRST_SEQUENCE
+            sequence = max(nearest + 1, _FIRST_SEQUENCE) if newest else min(nearest, _FIRST_SEQUENCE) - 1
         entry = ImageEntry(ImageState.WAITING, sequence=sequence)
         txn.put(key, codec.encode_image_entry(entry), db=self._images)
         txn.put(codec.encode_sequence(sequence), key, db=self._backlog)

@@ -8,14 +8,16 @@ import os
 from .asking import AsCaller
 from .backing import Backing
 from .blobs import Blobs
+from .claims import NamePattern
 from .decisions import Decisions
 from .describing import Describer
 from .duplicates import Answers
 from .index import Index
-from .model import Caller, Progress
+from .model import Caller, Learned, Progress
 from .pictures import XATTRS, Pictures
 from .settle import Settler
 from .similar import Similar
+from .watching import Watching
 from .workers import Workers
 
 # Pictures described at the same time: half of the processors are left to apps whatever their priority.
@@ -26,7 +28,16 @@ _WAIT_S = 0.5
 
 class Imaging:
     def __init__(
-        self, backing: Backing, index: Index, blobs: Blobs, settler: Settler, answers: Answers, as_caller: AsCaller
+        self,
+        backing: Backing,
+        index: Index,
+        blobs: Blobs,
+        settler: Settler,
+        answers: Answers,
+        as_caller: AsCaller,
+        *,
+        name_pattern: NamePattern | None = None,
+        preferred: tuple[bytes, ...] = (),
     ) -> None:
         self._workers, self._similar = Workers(_AT_A_TIME + 1), Similar(index.images)  # one for who asks
         self.describer = Describer(backing, index, blobs, settler, self._similar, self._workers, at_a_time=_AT_A_TIME)
@@ -39,8 +50,16 @@ class Imaging:
             self._similar,
             self._workers,
             Decisions(backing),
+            name_pattern=name_pattern,
+            preferred=preferred,
         )
-        settler.on_settled = self.describer.wake
+        self.watching = Watching(answers, self.pictures)
+        self.describer.on_described = self.watching.described
+        settler.on_settled = self._settled
+
+    def _settled(self, learned: list[Learned]) -> None:
+        self.describer.wake()
+        self.watching.settled(learned)
 
     def answers(self, name: bytes) -> bool:
         """Whether `user.dedupfs.<name>` is about pictures."""
@@ -57,4 +76,5 @@ class Imaging:
             progress("describing", done, done + self.describer.totals().waiting)
 
     def stop(self) -> None:
+        self.watching.stop()
         self.describer.stop()

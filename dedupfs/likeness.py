@@ -145,6 +145,26 @@ def compare_cuts(
     return Likeness(Relation.CROPPED, far, evidence)
 
 
+def overlay(ours: bytes, theirs: bytes) -> tuple[int, Floats] | None:
+    """How to lay the first of two views (thumbnails) over the second: in which of the FORMS, and the map from places in
+    `theirs` to places in that form of `ours`, both from -1 to 1. None where they agree in no way that is found."""
+    our_levels, their_levels = levels_of(ours), levels_of(theirs)
+    wanted = hash_of(their_levels)
+    forms = [form_of(our_levels, form) for form in range(len(FORMS))]
+    far = [distance(hash_of(levels), wanted) for levels in forms]
+    nearest = sorted(range(len(FORMS)), key=lambda form: (far[form] > UPRIGHT_RADIUS, form != UPRIGHT, far[form]))
+    for form in (form for form in nearest if far[form] <= (UPRIGHT_RADIUS if form == UPRIGHT else TURNED_RADIUS)):
+        view = _overlay(forms[form], their_levels, far[form], form, (False, False))
+        if _agrees(view):
+            return form, view.matrix
+    if (cut := _cut_of(our_levels, their_levels)) is not None:
+        return UPRIGHT, cut.matrix
+    if (cut := _cut_of(their_levels, our_levels)) is not None:
+        whole = np.linalg.inv(np.vstack([cut.matrix, [0.0, 0.0, 1.0]]))
+        return UPRIGHT, whole[:2]
+    return None
+
+
 def is_another_release(record: ImageRecord, other: ImageRecord) -> bool:
     """Whether the camera says that its shutter was released twice. Times that are equal as far as both go are one."""
     if not record.taken or not other.taken:
@@ -353,21 +373,21 @@ def _line_weights(scale: float, centre: float) -> Floats:
 
 
 def _overlay(ours: Floats, theirs: Floats, far: int, form: int, trimmed: tuple[bool, bool]) -> _View:
-    matrix = _align(ours, theirs, _IDENTITY)
+    matrix = _align(ours, theirs, IDENTITY)
     moved, inside = _warp(ours, matrix)
     upright, all_inside = ours, np.ones_like(inside)
     ncc, blocks = _agreement(moved, theirs, inside)
     plain_ncc, plain_blocks = _agreement(upright, theirs, all_inside)
     # Moving has to pay: noise moves everything a little.
     if 1 - ncc > _MOVING_PAYS * (1 - plain_ncc) or blocks < plain_blocks:
-        matrix, moved, inside, ncc, blocks = _IDENTITY, upright, all_inside, plain_ncc, plain_blocks
+        matrix, moved, inside, ncc, blocks = IDENTITY, upright, all_inside, plain_ncc, plain_blocks
     expected = _with_tones_of(moved, theirs, inside)
     differing = _differing_blocks(np.abs(theirs - expected), inside)
     tone = float(np.abs(expected - moved)[inside].mean()) if inside.any() else 0.0
     return _View(far, form, trimmed, ncc, blocks, matrix, differing, tone)
 
 
-_IDENTITY: Floats = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+IDENTITY: Floats = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 @functools.cache
@@ -419,10 +439,10 @@ def _align(ours: Floats, theirs: Floats, start: Floats) -> Floats:
         for _ in range(steps):
             moved, inside = _warp(source, matrix)
             if inside.mean() < _LEAST_OVERLAP:
-                return _IDENTITY
+                return IDENTITY
             spread = moved[inside].std()
             if spread < 1e-6:
-                return _IDENTITY
+                return IDENTITY
             moved = moved * (scale / spread)
             slope_down, slope_right = np.gradient(moved, 2 / _SIDE)
             mask = inside.ravel()
@@ -438,7 +458,7 @@ def _align(ours: Floats, theirs: Floats, start: Floats) -> Floats:
             try:
                 step = np.linalg.solve(normal + np.eye(6) * 1e-9, weighted @ error)
             except np.linalg.LinAlgError:
-                return _IDENTITY
+                return IDENTITY
             # The step was made in the frame of the warped picture: put it before the map.
             change = np.array([[1 + step[0], step[1], step[2]], [step[3], 1 + step[4], step[5]], [0, 0, 1]])
             matrix = matrix @ change
@@ -446,7 +466,7 @@ def _align(ours: Floats, theirs: Floats, start: Floats) -> Floats:
                 break
         size = matrix[:, :2]
         if not np.isfinite(matrix).all() or not 0.4 < abs(float(np.linalg.det(size))) < 2.5:
-            return _IDENTITY
+            return IDENTITY
     return matrix
 
 

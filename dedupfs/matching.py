@@ -66,8 +66,11 @@ class Matcher:
         self._offer, self._postpone = offer, postpone
         self._rules = rules
 
-    def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]) -> None:
-        """Record and share the file at `path`, whose inode was `ino`.
+    def settle(
+        self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]
+    ) -> ContentKey | None:
+        """Record and share the file at `path`, whose inode was `ino`. Answers the content that it was recorded with,
+        None when nothing was recorded.
 
         `written_digest` is asked once nobody can write any more: its digest as it was computed while it was written.
 
@@ -79,7 +82,7 @@ class Matcher:
         if st.st_ino != ino:
             raise FileNotFoundError
         if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
-            return
+            return None
         with self._openfiles.watch(key) as watch:
             fd = self._backing.open_quietly(path)
             try:
@@ -92,14 +95,15 @@ class Matcher:
                 file = Settled(path, link, fd, Stamp.of(st), key, watch)
                 if is_in_another(self._backing, path):
                     self._count_foreign_reference(batch, file, st)
-                    return
+                    return None
                 if self._record_reference(batch, file, st):
-                    return
+                    recorded = batch.file(ino)
+                    return None if recorded is None else recorded.content
                 if st.st_size - st.st_blocks * 512 > _MOST_HOLE_BYTES:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     batch.doubt_file(ino)
-                    return
-                self._match(batch, file, self._digest(batch, file, written_digest()))
+                    return None
+                return self._match(batch, file, self._digest(batch, file, written_digest()))
             finally:
                 os.close(fd)
 
@@ -149,17 +153,18 @@ class Matcher:
             raise Changed("written meanwhile")
         return digest
 
-    def _match(self, batch: Batch, file: Settled, digest: Digest) -> None:
+    def _match(self, batch: Batch, file: Settled, digest: Digest) -> ContentKey:
+        """Put the file under a content, which is answered."""
         st = os.fstat(file.fd)
         shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)
         for content in self._known_contents(batch, digest):
             others = partial(self._others, batch, content, file.key.ino)
             if self._size_of(batch, content, others) == st.st_size:
                 if shareable and self._try_sharing(batch, file, content, others):
-                    return
+                    return content
                 if self._equals_known(batch, file, content, others):
                     self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
-                    return
+                    return content
         taken = set(batch.numbers(digest))
         known = batch.file(file.key.ino)
         if known is not None and not any(self._others(batch, known.content, file.key.ino)):
@@ -167,6 +172,7 @@ class Matcher:
         free = (ContentKey(digest, number) for number in itertools.count() if number not in taken)
         content = next(content for content in free if self._blobs.stat(content) is None)
         self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
+        return content
 
     @staticmethod
     def _others(batch: Batch, content: ContentKey, ino: Ino) -> Iterator[Ino]:

@@ -78,6 +78,13 @@ class FileRecord(NamedTuple):
     content: ContentKey
 
 
+class Learned(NamedTuple):
+    """That a file was settled, with a content that other files have, and that was not known of it before."""
+
+    path: bytes  # when it was settled
+    content: ContentKey
+
+
 class Link(NamedTuple):
     """One name of an inode: a directory's inode and the entry in it."""
 

@@ -67,7 +67,7 @@ def serve(
             shutdown.callback(os.close, log_fd)
 
         path = os.path.join(control_directory(uid=os.geteuid()), f"{engine.store.uuid}.sock")
-        server = control.Server(path, commands(engine))
+        server = control.Server(path, commands(engine), streams(engine))
         shutdown.callback(server.close)
         engine.vfs.control_path = os.fsencode(path)
         engine.start()
@@ -158,6 +158,17 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         "duplicates": duplicates,
     }
     return found | _picture_commands(engine)
+
+
+def streams(engine: Engine) -> dict[str, control.Listen]:
+    """What the control socket goes on telling."""
+
+    def watch(_arguments: Mapping[str, object]) -> control.Stream:
+        if engine.imaging is None:
+            raise Unavailable("nothing is settled or described in a mount that is read-only")
+        return engine.imaging.watching.subscribe()
+
+    return {"watch": watch}
 
 
 def _picture_commands(engine: Engine) -> dict[str, control.Command]:

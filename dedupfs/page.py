@@ -223,7 +223,21 @@ def lines(report: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
+def group_lines(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Groups of pictures as CSV, a line for each file; those of the authoritative version come first in each group."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    writer.writerow(("group", "relation", "distance", "path"))
+    for number, group in enumerate(groups, 1):
+        for path in group["authoritative"]:
+            writer.writerow((number, "authoritative", 0, _cell(path)))
+        for member in group["members"]:
+            for path in member["paths"]:
+                writer.writerow((number, member["relation"], member["distance"], _cell(path)))
+    return out.getvalue()
+
+
 def _cell(name: str) -> str:
-    """A spreadsheet takes what begins like this for a formula."""
+    """A spreadsheet takes what begins like this for a formula; some take the wide forms of these for the same."""
     text = shown(name)
-    return "'" + text if text[:1] in ("=", "+", "-", "@", "'") else text
+    return "'" + text if text[:1] in tuple("=+-@'＝＋－＠") else text

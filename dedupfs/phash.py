@@ -15,6 +15,8 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import imagehash
@@ -38,6 +40,7 @@ _HASH_SIDE = 16
 # An error from Pillow at twice that; phones make 108 and 200 megapixels, as JPEG, which is decoded at a small scale.
 _MOST_PIXELS = 125_000_000
 _MOST_PIXELS_DECODED_WHOLE = 120_000_000
+_JPEGS = ("JPEG", "MPO")
 _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF", "WEBP")
 
 _EVEN_LINE = 0.72  # the share of a line's pixels that have to be
@@ -81,6 +84,7 @@ Image.MAX_IMAGE_PIXELS = _MOST_PIXELS
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 Grey = NDArray[np.uint8]
+Colours = NDArray[np.uint8]  # height x width x 3: red, green, blue
 
 
 class Undescribable(Exception):
@@ -94,10 +98,34 @@ class Description(NamedTuple):
 
 def describe(file: BinaryIO) -> Description:
     """Describe the picture in `file`, which is read from its start. Raises Undescribable, and nothing else."""
+    with _only_undescribable():
+        return _describe(file)
+
+
+def look(file: BinaryIO, side: int) -> Colours:
+    """The picture in `file` in colours as it is shown, no side longer than `side` pixels. Raises Undescribable, and
+    nothing else."""
+    with _only_undescribable(), _opened(file) as image:
+        facts = _Facts(image)
+        if image.format in _JPEGS:
+            image.draft("RGB", (side, side))
+        image.load()
+        shown = _in_colours(image)
+        shown.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        return np.asarray(_upright(shown, facts.orientation), dtype=np.uint8)
+
+
+def thumbnail_of(colours: Colours) -> bytes:
+    """The full view of a picture, as `describe` makes it, of what `look` answered."""
+    return _square(Image.fromarray(colours).convert("L")).tobytes()
+
+
+@contextmanager
+def _only_undescribable() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, sizes below the limit: both expected
-            return _describe(file)
+            yield
     except Undescribable:
         raise
     except UnidentifiedImageError:
@@ -110,14 +138,21 @@ def describe(file: BinaryIO) -> Description:
         raise Undescribable(f"damaged: {_text(str(error)) or type(error).__name__}") from None
 
 
-def _describe(file: BinaryIO) -> Description:
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
     with Image.open(file, formats=FORMATS) as image:
-        kind = "JPEG" if image.format == "MPO" else str(image.format)
         width, height = image.size
         if not width or not height:
             raise Undescribable("has no pixels")
-        if kind != "JPEG" and width * height > _MOST_PIXELS_DECODED_WHOLE:
+        if image.format not in _JPEGS and width * height > _MOST_PIXELS_DECODED_WHOLE:
             raise Undescribable(f"{width} x {height} pixels are more than are decoded")
+        yield image
+
+
+def _describe(file: BinaryIO) -> Description:
+    with _opened(file) as image:
+        kind = "JPEG" if image.format in _JPEGS else str(image.format)
+        width, height = image.size
         is_grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
         quality = _quality(image) if kind == "JPEG" else 0
         facts = _Facts(image)
@@ -194,6 +229,17 @@ def _grey(image: Image.Image) -> Image.Image:
     return image.convert("L") if image.mode != "L" else image.copy()
 
 
+def _in_colours(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _grey(image).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        under = Image.new("RGBA", image.size, "white")
+        under.alpha_composite(image)
+        return under.convert("RGB")
+    return image.convert("RGB")
+
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -220,8 +266,18 @@ def _phash(square: Grey) -> bytes:
     return np.packbits(bits.ravel()).tobytes()
 
 
+def without_border(colours: Colours) -> tuple[int, int, int, int] | None:
+    """Which rows (first, end) and columns of a picture are the trimmed view, None where that is none."""
+    return _inner(np.asarray(Image.fromarray(colours).convert("L"), dtype=np.uint8))
+
+
 def _trimmed(levels: Grey) -> Grey | None:
     """What is left without even lines at the edges, None when that is all of it, or next to nothing."""
+    inner = _inner(levels)
+    return None if inner is None else np.ascontiguousarray(levels[inner[0] : inner[1], inner[2] : inner[3]])
+
+
+def _inner(levels: Grey) -> tuple[int, int, int, int] | None:
     top, bottom, left, right = 0, levels.shape[0], 0, levels.shape[1]
     for _ in range(2):  # a border at the sides hides one at the top, and the other way round
         first, last = _uneven_range(levels[top:bottom, left:right])
@@ -238,7 +294,7 @@ def _trimmed(levels: Grey) -> Grey | None:
         return None
     if bottom - top < 8 or right - left < 8:
         return None
-    return np.ascontiguousarray(levels[top:bottom, left:right])
+    return top, bottom, left, right
 
 
 def _uneven_range(lines: Grey) -> tuple[int, int]:

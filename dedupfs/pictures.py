@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from .asking import AsCaller
 from .authority import Candidate, Verdict, judge, rank
 from .backing import Backing
+from .claims import NamePattern
 from .decisions import NOT_SIMILAR, NOTE, PIN, UNPIN, Decisions
 from .describing import Describer, looks_like_picture
 from .digest import hash_descriptor
@@ -35,7 +36,7 @@ _FEW = 256
 # In which two versions of a photograph differ visibly.
 _CONFLICTING = (Relation.TONE, Relation.ANNOTATED, Relation.CROPPED)
 
-XATTRS = (b"phash", b"image", b"similar", b"authoritative")
+XATTRS = (b"phash", b"image", b"similar", b"authoritative", b"conflicts")
 
 
 class Pictures:
@@ -51,9 +52,13 @@ class Pictures:
         similar: Similar,
         workers: Workers,
         decisions: Decisions,
+        *,
+        name_pattern: NamePattern | None,
+        preferred: tuple[bytes, ...],
     ) -> None:
         self._backing, self._index, self._answers, self._as_caller = backing, index, answers, as_caller
         self._describer, self._similar, self._workers, self._decisions = describer, similar, workers, decisions
+        self._name_pattern, self._preferred = name_pattern, preferred
 
     # -- xattrs -------------------------------------------------------------------------------------------------------
 
@@ -72,6 +77,8 @@ class Pictures:
         self._wait_for_others()
         if name == b"similar":
             return self._similar_xattr(path, content, caller)
+        if name == b"conflicts":
+            return self._conflicts_xattr(path, content, caller)
         verdict, _ = self._verdict(content)
         paths = self._oldest_first(verdict.chosen)
         readable = self._as_caller.readable(paths, caller)
@@ -81,18 +88,26 @@ class Pictures:
 
     def _similar_xattr(self, path: bytes, content: ContentKey, caller: Caller) -> bytes:
         identical = sorted(found for found in self._answers.paths(content) if found != path)
-        answer = bytearray()
         groups: list[tuple[Relation, int, list[bytes]]] = [(Relation.IDENTICAL, 0, identical)]
         # Without the evidence, which would have to be found again: relation and distance are in the index.
         alikes = sorted(self._alike(content), key=_nearest_first)
         groups += [(alike.relation, alike.distance, sorted(self._answers.paths(alike.content))) for alike in alikes]
-        for relation, distance, paths in groups:
-            for found in self._as_caller.readable(paths, caller):
-                line = b"%s %d %s\0" % (relation.encode(), distance, found)
-                if len(answer) + len(line) > LONGEST_ANSWER_BYTES:
-                    return bytes(answer)
-                answer += line
-        return bytes(answer)
+        return _records(
+            (relation, distance, self._as_caller.readable(paths, caller)) for relation, distance, paths in groups
+        )
+
+    def _conflicts_xattr(self, path: bytes, content: ContentKey, caller: Caller) -> bytes:
+        """Names that the caller may not see claim nothing to him."""
+        alikes = [alike for alike in self.versions(content) if self._may_conflict(content, alike)]
+        if not alikes:
+            return b""
+        ours = [path, *self._as_caller.readable(self._answers.paths(content), caller)]
+        found = []
+        for alike in alikes:
+            theirs = self._as_caller.readable(sorted(self._answers.paths(alike.content)), caller)
+            if theirs and self._common_claim((content, ours), (alike.content, theirs)):
+                found.append((alike.relation, alike.distance, theirs))
+        return _records(found)
 
     # -- one picture --------------------------------------------------------------------------------------------------
 
@@ -260,20 +275,28 @@ class Pictures:
         times = self._times(content)
         if entry is None or entry.record is None or not times:
             return None
-        return Candidate(content, entry.record, times[0][0], self._decisions.is_pinned(content))
+        seen_ns = times[0][0]
+        preference = min(place for _, place, _ in times)
+        folder = os.fsdecode(self._preferred[preference]) if preference < len(self._preferred) else ""
+        return Candidate(content, entry.record, seen_ns, self._decisions.is_pinned(content), preference, folder)
 
-    def _times(self, content: ContentKey) -> list[tuple[int, bytes]]:
-        """Every path of a content with its modification time, the earliest first."""
+    def _times(self, content: ContentKey) -> list[tuple[int, int, bytes]]:
+        """Every path of a content with its modification time and the place of its folder among the preferred ones, the
+        best first."""
         found = []
         for path in self._answers.paths(content):
             try:
-                found.append((self._backing.lstat(path).st_mtime_ns, path))
+                found.append((self._backing.lstat(path).st_mtime_ns, self._preference(path), path))
             except OSError:
                 continue
         return sorted(found)
 
+    def _preference(self, path: bytes) -> int:
+        places = (place for place, folder in enumerate(self._preferred) if path.startswith(folder + b"/"))
+        return next(places, len(self._preferred))
+
     def _oldest_first(self, content: ContentKey) -> list[bytes]:
-        return [path for _, path in self._times(content)]
+        return [path for *_, path in self._times(content)]
 
     # -- conflicts ----------------------------------------------------------------------------------------------------
 
@@ -282,18 +305,14 @@ class Pictures:
         found: list[dict[str, object]] = []
         for content, alikes in self._similar.neighbours():
             for alike in alikes:
-                if alike.content <= content or alike.relation not in _CONFLICTING:
+                if alike.content <= content or not self._may_conflict(content, alike):
                     continue
-                if not self._counts(content, alike.content):
-                    continue
-                claim = self._common_claim(content, alike.content)
+                paths = [sorted(self._answers.paths(each)) for each in (content, alike.content)]
+                claim = self._common_claim((content, paths[0]), (alike.content, paths[1]))
                 if claim:
                     found.append(
                         {
-                            "paths": [
-                                [os.fsdecode(path) for path in sorted(self._answers.paths(each))]
-                                for each in (content, alike.content)
-                            ],
+                            "paths": [[os.fsdecode(path) for path in each] for each in paths],
                             "relation": str(alike.relation),
                             "distance": alike.distance,
                             "claim": claim,
@@ -301,15 +320,39 @@ class Pictures:
                     )
         return found
 
-    def _common_claim(self, one: ContentKey, other: ContentKey) -> str:
-        records = [entry.record for each in (one, other) if (entry := self._index.images.entry(each)) is not None]
+    def conflicts_of(self, content: ContentKey) -> list[tuple[Alike, str]]:
+        """What is in conflict with a picture, and what both claim, the nearest first."""
+        found = []
+        for alike in self.versions(content):
+            if self._may_conflict(content, alike):
+                both = (content, self._answers.paths(content)), (alike.content, self._answers.paths(alike.content))
+                if claim := self._common_claim(*both):
+                    found.append((alike, claim))
+        return found
+
+    def versions(self, content: ContentKey) -> list[Alike]:
+        """The other versions of a photograph, the nearest first."""
+        alikes = (alike for alike in self._alike(content) if alike.relation.is_same_picture)
+        return sorted(alikes, key=_nearest_first)
+
+    def _may_conflict(self, content: ContentKey, alike: Alike) -> bool:
+        return alike.relation in _CONFLICTING and self._counts(content, alike.content)
+
+    def _common_claim(self, one: tuple[ContentKey, list[bytes]], other: tuple[ContentKey, list[bytes]]) -> str:
+        """What two pictures, each with its paths, both claim to be; "" where that is nothing."""
+        records = [entry.record for each, _ in (one, other) if (entry := self._index.images.entry(each)) is not None]
         if len(records) == 2 and records[0] is not None and records[1] is not None:
             first, second = records[0], records[1]
             if first.taken and (first.taken, first.camera) == (second.taken, second.camera):
                 return f"taken {first.taken}" + (f" by {first.camera}" if first.camera else "")
-        names = [{os.path.basename(path).lower() for path in self._answers.paths(each)} for each in (one, other)]
-        common = sorted(names[0] & names[1])
-        return f"called {os.fsdecode(common[0])}" if common else ""
+        names = [{os.path.basename(path).lower() for path in paths} for _, paths in (one, other)]
+        if common := names[0] & names[1]:
+            return f"called {os.fsdecode(min(common))}"
+        if self._name_pattern is None:
+            return ""
+        numbers = [{self._name_pattern.number_in(path) for path in paths} - {""} for _, paths in (one, other)]
+        common_numbers = numbers[0] & numbers[1]
+        return f"numbered {min(common_numbers)}" if common_numbers else ""
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -348,6 +391,18 @@ class Pictures:
 
 def _no_answer() -> OSError:
     return OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+
+def _records(found: Iterable[tuple[Relation, int, list[bytes]]]) -> bytes:
+    """Relation, distance and path of each, as many whole records as an xattr may hold."""
+    answer = bytearray()
+    for relation, distance, paths in found:
+        for path in paths:
+            record = b"%s %d %s\0" % (relation.encode(), distance, path)
+            if len(answer) + len(record) > LONGEST_ANSWER_BYTES:
+                return bytes(answer)
+            answer += record
+    return bytes(answer)
 
 
 def _nearest_first(alike: Alike) -> tuple[bool, int, int, ContentKey]:

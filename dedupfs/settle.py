@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 
 from .backing import Backing
 from .digest import Checkpoint, proceed
@@ -25,7 +26,7 @@ from .errors import DedupfsError, IndexDamaged, StoreError
 from .index import Batch, Index
 from .journal import Entry, Journal, Recording
 from .matching import Matcher
-from .model import ContentKey, Digest, FileState, Ino
+from .model import ContentKey, Digest, FileState, Ino, Learned
 from .openfiles import Gate, GivenUp, InUse, Key, OpenFiles
 from .sharing import Changed
 
@@ -42,7 +43,7 @@ _RETRY_S = 5.0  # after the index could not be written
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
 
 
-def _nobody() -> None:
+def _nobody(learned: list[Learned]) -> None:
     """Nobody wants to know."""
 
 
@@ -86,8 +87,9 @@ class Settler:
         # lost: a reference nobody counted could then be the last one.
         self.index_is_complete = False
         self.lost_a_batch = False
-        # Called after files were settled and written to the index; a mount sets it.
-        self.on_settled: Callable[[], None] = _nobody
+        # Called after a batch was written to the index, with the files that are new duplicates; a mount sets it.
+        # Settling waits for it.
+        self.on_settled: Callable[[list[Learned]], None] = _nobody
 
     def attach(self, matcher: Matcher, recording: Recording, unlink_blob: Callable[[ContentKey], None]) -> None:
         """What it works with; each of them notes or queues something here, and so comes later."""
@@ -363,11 +365,16 @@ class Settler:
             batch = self._index.batch()
             deadline = time.monotonic() + _BATCH_S
             count = 0
+            learned: list[Learned] = []
             while count < _BATCH_FILES and (taken := self._take(batch)) is not None:
                 count += 1
-                self._settle(batch, *taken)
+                ino, item = taken
+                before = batch.file(ino)
+                content = self._settle(batch, ino, item)
+                if content is not None and (before is None or before.content != content):
+                    if any(other != ino for other in islice(batch.iter_holders(content), 2)):
+                        learned.append(Learned(item.path, content))
                 with self._condition:
-                    ino, item = taken
                     self._settled[ino] = self._working.pop(ino, item)
                     if self._stopping or self._asking or time.monotonic() > deadline:
                         break
@@ -375,7 +382,7 @@ class Settler:
             applied = self._journal.appended - len(self._journal)
             self._commit(batch)
             self._remove_unreferenced()
-        self.on_settled()
+        self.on_settled(learned)
         with self._condition:
             self._settled.clear()
             self._applied = applied
@@ -404,7 +411,9 @@ class Settler:
             self._recording.apply(batch, entry)
         self._recording.catch_up(batch)
 
-    def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> None:
+    def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> ContentKey | None:
+        """Answers the content that the file was recorded with, None when it was not, for whatever reason."""
+
         def written_digest() -> Digest | None:
             """The digest of what was written, unless the file was written and closed again since it was taken."""
             with self._condition:
@@ -414,7 +423,7 @@ class Settler:
 
         for _ in range(_MOST_MOVES):
             try:
-                self._matcher.settle(batch, ino, item.path, written_digest)
+                return self._matcher.settle(batch, ino, item.path, written_digest)
             except (InUse, GivenUp):
                 if not self._openfiles.settle_when_closed(Key(self._device, ino)):
                     self._again(ino, item)
@@ -431,8 +440,9 @@ class Settler:
                 # A bug that one file meets must not leave all others unsettled. What was shared is noted already.
                 log.exception("%s cannot be settled", os.fsdecode(item.path))
                 self.failures += 1
-            return
+            return None
         self._again(ino, item)
+        return None
 
     def _find_again(self, batch: Batch, ino: Ino, item: _Pending) -> bool:
         """A file is not where it was closed: whether it is somewhere else, which is then in `item`."""

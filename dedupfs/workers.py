@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +24,9 @@ from .model import ImageRecord, Thumbnails
 # The worker's side of these is in `describer`, which the daemon must not import: it imports the decoders.
 _DESCRIBED = b"\1"
 _MODULE = "dedupfs.describer"
+
+_SIZE = struct.Struct(">II")
+_MOST_PIXEL_BYTES = 16 << 20  # of a difference
 
 _LONGEST_ANSWER_BYTES = 32 << 10
 _START_S = 60.0
@@ -76,10 +80,29 @@ class Workers:
             except _Silent as silence:
                 raise Refused(str(silence)) from None
 
+    def difference(self, one: int, other: int) -> tuple[int, int, bytes]:
+        """Two pictures, and where they differ, side by side: width, height, and three bytes a pixel (red, green,
+        blue), row by row. Raises as `describe`."""
+        with self._slots:
+            worker = self._take()
+            try:
+                found = worker.ask_for_difference(one, other, self._picture_s)
+            except Refused:
+                self._put_back(worker)
+                raise
+            except _Silent as silence:
+                self._discard(worker)
+                raise Refused(str(silence)) from None
+            except BaseException:
+                self._discard(worker)
+                raise
+            self._put_back(worker)
+            return found
+
     def _describe(self, fd: int) -> tuple[ImageRecord, Thumbnails]:
         worker = self._take()
         try:
-            answer = worker.ask(fd, self._picture_s)
+            answer = worker.ask([fd], self._picture_s)
             if answer[:1] != _DESCRIBED:
                 raise Refused(answer[1:].decode(errors="replace") or "refused without a reason")
             description = codec.decode_description(answer[1:])
@@ -204,18 +227,37 @@ class _Worker:
             raise Unavailable(greeting[1:].decode(errors="replace"))
         return int.from_bytes(greeting[1:], "big")
 
-    def ask(self, fd: int, timeout_s: float) -> bytes:
+    def ask(self, fds: list[int], timeout_s: float) -> bytes:
         """Raises _Silent."""
         self.done += 1
         try:
-            socket.send_fds(self._socket, [b"?"], [fd])
+            socket.send_fds(self._socket, [b"?"], fds)
         except OSError:
             raise _Silent(self._fate()) from None
         return self._receive(timeout_s)
 
+    def ask_for_difference(self, one: int, other: int, timeout_s: float) -> tuple[int, int, bytes]:
+        """Raises Refused, _Silent."""
+        answer = self.ask([one, other], timeout_s)
+        if answer[:1] != _DESCRIBED:
+            raise Refused(answer[1:].decode(errors="replace") or "refused without a reason")
+        if len(answer) != 1 + _SIZE.size:
+            raise _Silent("gave no size")
+        width, height = _SIZE.unpack(answer[1:])
+        if not 0 < 3 * width * height <= _MOST_PIXEL_BYTES:
+            raise _Silent("gave a size that makes no sense")
+        pixels = bytearray()
+        while len(pixels) < 3 * width * height:
+            pixels += self._receive(timeout_s)
+        if len(pixels) != 3 * width * height:
+            raise _Silent("gave more than it said")
+        return width, height, bytes(pixels)
+
     def _receive(self, timeout_s: float) -> bytes:
         try:
-            if not select.select([self._socket], [], [], timeout_s)[0]:
+            poll = select.poll()  # not select, which knows no descriptor beyond 1024: apps have files open
+            poll.register(self._socket, select.POLLIN)
+            if not poll.poll(timeout_s * 1000):
                 raise _Silent(f"took longer than {timeout_s:.0f} s")
             answer = self._socket.recv(_LONGEST_ANSWER_BYTES + 1)
         except OSError:

@@ -18,6 +18,7 @@ from . import (
     authoritative,
     config,
     conflicts,
+    diff,
     duplicates,
     estimate,
     find,
@@ -37,6 +38,7 @@ from . import (
     similar,
     status,
     umount,
+    watch,
 )
 from .output import printable
 
@@ -75,7 +77,7 @@ exit codes:
 
 _COMMANDS = (
     *(estimate, mount, umount, status, health, settle, duplicates, report),
-    *(similar, find, groups, authoritative, not_similar, conflicts),
+    *(similar, find, groups, authoritative, not_similar, conflicts, diff, watch),
     *(scan, scrub, restore, leave, rebuild, fsck, gc, config),
 )
 

@@ -10,8 +10,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "conflicts",
         help="which versions of one photograph differ visibly",
-        description="List pairs of pictures that claim to be one photograph, by camera and time of capture or by their "
-        "name, and differ visibly: in tone, by something laid over, by their cut.",
+        description="List pairs of pictures that claim to be one photograph, by camera and time of capture, by their "
+        "name or by the number in it, and differ visibly: in tone, by something laid over, by their cut.",
         allow_abbrev=False,
     )
     parser.add_argument("mount", metavar="MOUNT")

@@ -1,7 +1,9 @@
-"""dedupfs groups MOUNT [--relation RELATION]"""
+"""dedupfs groups MOUNT [--relation RELATION] [--csv]"""
 
 import argparse
+import sys
 
+from .. import page
 from ..model import Relation
 from .output import add_json, print_json, printable
 from .targets import ask
@@ -23,7 +25,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         choices=[str(relation) for relation in Relation if relation is not Relation.IDENTICAL],
         help="only pictures that are so related; may be repeated",
     )
-    add_json(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print CSV, a line for each file")
+    add_json(form)
     parser.set_defaults(run=run)
 
 
@@ -31,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     groups = ask(arguments.mount, "groups", {"relations": arguments.relation})
     if arguments.json:
         print_json(groups)
+        return 0
+    if arguments.csv:
+        sys.stdout.write(page.group_lines(groups))
         return 0
     for group in groups:
         for path in group["authoritative"]:

@@ -27,6 +27,10 @@ options (-o):
   exclude=GLOB       these never share (may be repeated): *.tmp, drafts/, permits/**/*.tif
   min_size=BYTES     smaller ones never share; with K, M or G
   scrub_rate=MB/s    how fast a scrub reads unless it is told (50); 0: as fast as it goes
+  prefer=DIR         versions of a photograph in this folder are authoritative where nothing else decides (may be
+                     repeated: the first before the next)
+  name_pattern=REGEX a regular expression with one group; versions that differ visibly are in conflict when it finds
+                     the same number in their names. With a comma in it, it belongs into a file
   metrics=SOCKET     tell Prometheus numbers there, or at [HOST:]PORT
   config=FILE        a TOML file with these names as keys; dedupfs config show FILE tells what it comes to
 """

@@ -1,5 +1,6 @@
 """Pictures that are the same without having the same bytes: found, named and judged, for who may know of them."""
 
+import csv
 import errno
 import io
 import json
@@ -323,6 +324,117 @@ def test_conflicts(mounted: Mounted) -> None:
     (conflict,) = mounted.run("conflicts", mounted.mountpoint, "--json").json()
     assert sorted(conflict["paths"]) == [["one/permit-17.jpg"], ["two/scan.jpg"]]
     assert (conflict["relation"], conflict["claim"]) == ("annotated", "taken 2026-01-02T03:04:05.25 by Model")
+
+
+def changed(image: Image.Image) -> Image.Image:
+    copy = image.copy()
+    ImageDraw.Draw(copy).rectangle((60, 60, image.width // 3, image.height // 3), fill="black")
+    return copy
+
+
+def conflicts_of(mounted: Mounted, path: str, user: int | None = None) -> list[str]:
+    command = ["getfattr", "--only-values", "--absolute-names", "--name=user.dedupfs.conflicts"]
+    records = tool(*command, mounted.path(path), user=user).split(b"\0")
+    assert records.pop() == b""
+    assert all(record.split(b" ", 2)[0] in (b"tone", b"annotated", b"cropped") for record in records)
+    assert all(0 <= int(record.split(b" ", 2)[1]) <= 256 for record in records)
+    return [record.split(b" ", 2)[2].decode() for record in records]
+
+
+@ONE_FLAVOUR
+@pytest.mark.mount_options(r"name_pattern=(?i)permit[-_ ]?(\d+-\d+)")
+def test_conflicts_by_the_number_in_the_name(mounted: Mounted) -> None:
+    image = picture()
+    mounted.path("Permit 2026-17.jpg").write_bytes(jpeg(image))
+    mounted.path("permit_2026-17_new.jpg").write_bytes(jpeg(changed(image)))
+    mounted.path("permit-2026-18.jpg").write_bytes(jpeg(changed(image), 70))
+    mounted.path("permit-2026-17 small.jpg").write_bytes(jpeg(image.resize((400, 300))))
+    mounted.path("permit-2026-17 back.jpg").write_bytes(jpeg(picture(3)))  # another photograph of the same permit
+    mounted.path("scan.jpg").write_bytes(jpeg(image, 50))
+    assert conflicts_of(mounted, "scan.jpg") == []
+    assert conflicts_of(mounted, "permit-2026-17 back.jpg") == []
+    assert set(conflicts_of(mounted, "permit_2026-17_new.jpg")) == {"Permit 2026-17.jpg", "permit-2026-17 small.jpg"}
+    assert conflicts_of(mounted, "Permit 2026-17.jpg") == ["permit_2026-17_new.jpg"]
+    found = mounted.run("conflicts", mounted.mountpoint, "--json").json()
+    assert {conflict["claim"] for conflict in found} == {"numbered 2026-17"}
+    assert len(found) == 2
+    # what a copy is called counts as well, and so does what is called otherwise now
+    mounted.path("permit-2026-18 too.jpg").write_bytes(mounted.path("scan.jpg").read_bytes())
+    mounted.settle()
+    assert conflicts_of(mounted, "scan.jpg") == ["permit-2026-18.jpg"]
+    mounted.path("permit-2026-18 too.jpg").unlink()
+    mounted.path("scan.jpg").rename(mounted.path("PERMIT2026-17"))
+    assert conflicts_of(mounted, "PERMIT2026-17") == ["permit_2026-17_new.jpg"]
+    mounted.run("not-similar", mounted.mountpoint, "PERMIT2026-17", "permit_2026-17_new.jpg")
+    assert conflicts_of(mounted, "PERMIT2026-17") == []
+
+
+@needs_root
+@ONE_FLAVOUR
+def test_conflicts_that_the_asker_may_know_of(mounted: Mounted) -> None:
+    """Neither files that he may not see, nor what such files are called."""
+    image = picture()
+    for folder, mode in (("public", 0o755), ("secret", 0o700)):
+        mounted.path(folder).mkdir()
+        mounted.path(folder).chmod(mode)
+    one, other = jpeg(image), jpeg(changed(image))
+    mounted.path("public/one.jpg").write_bytes(one)
+    mounted.path("public/other.jpg").write_bytes(other)
+    mounted.path("secret/permit-17.jpg").write_bytes(one)
+    mounted.path("secret/one.jpg").write_bytes(other)
+    assert conflicts_of(mounted, "public/one.jpg") == ["public/other.jpg", "secret/one.jpg"]
+    assert conflicts_of(mounted, "public/one.jpg", USER) == []
+    assert conflicts_of(mounted, "public/other.jpg", USER) == []
+    mounted.path("public/permit-17.jpg").write_bytes(other)
+    assert conflicts_of(mounted, "public/one.jpg", USER) == []
+    mounted.path("public/copy").mkdir()
+    mounted.path("public/copy/permit-17.jpg").write_bytes(one)
+    assert conflicts_of(mounted, "public/one.jpg", USER) == ["public/other.jpg", "public/permit-17.jpg"]
+
+
+@ONE_FLAVOUR
+def test_preferred_folders_decide_last(mounted: Mounted) -> None:
+    image = picture()
+    for folder in ("a", "scans", "originals"):
+        mounted.path(folder).mkdir()
+        path = mounted.path(folder, "one.jpg")
+        path.write_bytes(jpeg(image, 80, comment=folder.encode()))
+        os.utime(path, ns=(10**18, 10**18))
+    mounted.path("a/copy.jpg").write_bytes(mounted.path("originals/one.jpg").read_bytes())
+    os.utime(mounted.path("a/copy.jpg"), ns=(10**18, 10**18))
+    mounted.settle()
+    mounted.restart("share=reference", "prefer=originals/", "prefer=scans")
+    answer = mounted.run("authoritative", mounted.mountpoint, "a/one.jpg", "--json").json()
+    assert answer["authoritative"] == "originals/one.jpg"
+    assert answer["why"][-1] == {"criterion": "preferred", "value": "originals"}
+    lost = {other["paths"][0]: (other["lost_by"], other["value"]) for other in answer["others"]}
+    assert lost == {"a/one.jpg": ("preferred", "in no preferred folder"), "scans/one.jpg": ("preferred", "scans")}
+    # what was there earlier comes before
+    os.utime(mounted.path("a/one.jpg"), ns=(10**17, 10**17))
+    assert mounted.xattr("scans/one.jpg", "authoritative") == b"a/one.jpg"
+
+
+@ONE_FLAVOUR
+def test_groups_for_a_spreadsheet_that_runs_no_name(mounted: Mounted) -> None:
+    image = picture()
+    names = [b"=cmd|' !A0.jpg", b"+1.jpg", b"-2.jpg", b"@SUM(A1).jpg", "＝1.jpg".encode(), b"'=1.jpg"]
+    names += [b'a","b\n=1.jpg', b"\t=1.jpg", b"\r=1.jpg", b"\xff=1.jpg", "\u202egpj.exe".encode(), b"plain.jpg"]
+    mounted.path("camera.jpg").write_bytes(jpeg(image, 95, exif=camera_exif()))
+    for number, name in enumerate(names):
+        mounted.path(name).write_bytes(jpeg(image, 60 + number))
+    mounted.settle()
+    told = mounted.run("groups", mounted.mountpoint, "--csv").stdout
+    head, *rows = csv.reader(io.StringIO(told, newline=""))
+    assert head == ["group", "relation", "distance", "path"]
+    assert rows[0] == ["1", "authoritative", "0", "camera.jpg"]
+    assert len(rows) == 1 + len(names)
+    assert {row[0] for row in rows} == {"1"}
+    assert {row[1] for row in rows[1:]} == {"recompressed"}
+    assert all(row[2].isdecimal() for row in rows)
+    cells = [row[3] for row in rows]
+    assert all(cell.isprintable() and cell[0] not in "=+-@\t\r＝＋－＠" for cell in cells)
+    assert {"'=cmd|' !A0.jpg", "'+1.jpg", "'-2.jpg", "'@SUM(A1).jpg", "'＝1.jpg", "plain.jpg"} <= set(cells)
+    mounted.run("groups", mounted.mountpoint, "--csv", "--json", exit_code=64)
 
 
 @needs_root

@@ -32,8 +32,11 @@ RECORD = ImageRecord(
 )
 
 
-def candidate(number: int, *, seen_ns: int = 5, pinned: bool = False, **facts: Any) -> Candidate:
-    return Candidate(ContentKey(Digest(number.to_bytes(16, "big"))), replace(RECORD, **facts), seen_ns, pinned)
+def candidate(
+    number: int, *, seen_ns: int = 5, pinned: bool = False, preference: int = 1, folder: str = "", **facts: Any
+) -> Candidate:
+    content = ContentKey(Digest(number.to_bytes(16, "big")))
+    return Candidate(content, replace(RECORD, **facts), seen_ns, pinned, preference, folder)
 
 
 # Each is better by this criterion, and as bad as can be by all that come after it.
@@ -47,8 +50,10 @@ def candidate(number: int, *, seen_ns: int = 5, pinned: bool = False, **facts: A
         ("resolution", {"quality": 1, "taken": "2027-01-01T00:00:00"}, {"width": 3999}),
         ("compression", {"taken": "2027-01-01T00:00:00"}, {"quality": 89}),
         ("compression", {"format": "PNG", "quality": 0, "taken": "2027-01-01T00:00:00"}, {"quality": 99}),
+        ("seen", {"seen_ns": 1, "preference": 2}, {"seen_ns": 2, "preference": 0}),
         ("captured", {"seen_ns": 9}, {"taken": "2026-01-02T03:04:06", "seen_ns": 1}),
         ("seen", {"seen_ns": 1}, {"seen_ns": 2}),
+        ("preferred", {"preference": 0, "folder": "originals"}, {"preference": 1}),
         ("digest", {}, {}),
     ],
 )

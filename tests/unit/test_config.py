@@ -179,6 +179,8 @@ dirsync = true
 min_size = "64K"
 include = ["permits/"]
 exclude = ["*.tmp", "a,b"]
+prefer = ["originals/", "scans/2026"]
+name_pattern = '(\\d{4,6})'
 scrub_rate = 2.5
 metrics = 9100
 allow_other = true
@@ -193,6 +195,7 @@ def test_every_key(tmp_path: Path) -> None:
     assert options.rules is not None
     assert (options.rules.min_size_bytes, options.rules.exclude) == (65536, (b"*.tmp", b"a,b"))
     assert (options.scrub_rate_mb_s, options.metrics) == (2.5, "9100")
+    assert (options.prefer, options.name_pattern) == ((b"originals", b"scans/2026"), r"(\d{4,6})")
     assert sorted(options.fuse_words) == [
         *("allow_other", "default_permissions", "dirsync", "noatime", "noexec", "ro", "sync"),
     ]
@@ -245,6 +248,13 @@ def test_a_file_named_in_the_options(tmp_path: Path) -> None:
         ("\nexclude = [1]", 2, "1 is no glob"),
         ("exclude = ['']", 1, "no glob"),
         ("exclude = ['[z-a]']", 1, "no glob"),
+        ("prefer = ['/srv']", 1, "relative to the source"),
+        ("prefer = ['a/../b']", 1, "relative to the source"),
+        ("prefer = ['']", 1, "relative to the source"),
+        ("prefer = 'x'", 1, "a list of strings"),
+        ("name_pattern = '('", 1, "no regular expression: missing )"),
+        ("name_pattern = 'a'", 1, "0 groups"),
+        ("name_pattern = 7", 1, "a string"),
         ("metrics = 0", 1, "PORT"),
         ("metrics = 'host:'", 1, "PORT"),
         ("source = 'relative'", 1, "absolute"),

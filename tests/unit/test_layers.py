@@ -18,12 +18,15 @@ LAYERS = [
     "model",
     # pure
     "rules",
+    "claims",
     "config",
     "digest",
     "codec",
     "phash",
     "likeness",
+    "difference",
     "authority",
+    "png",
     # storage
     "backing",
     "readme",
@@ -49,6 +52,7 @@ LAYERS = [
     "similar",
     "describing",
     "pictures",
+    "watching",
     "imaging",
     "orphans",
     "fileio",
@@ -85,11 +89,14 @@ OWNERS = {
     "xxhash": "digest",
     "PIL": "phash",
     "imagehash": "phash",
+    "re2": "claims",
 }
 
 # Importing inside a function hides a circle, or is needed: (importer, imported) with the reason.
 LATE = {
     ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
+    ("claims", "re2"),  # large, and most commands and mounts do without
+    ("cli.diff", "likeness"),  # loads numpy, which all other commands do without
     ("engine", "imaging"),  # loads numpy, which commands without a mount do without
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
