@@ -19,7 +19,7 @@ from .blobs import Blobs
 from .config import MountOptions
 from .digest import Checkpoint, DescriptorHasher, hash_descriptor, proceed
 from .duplicates import Answers, Group
-from .errors import Busy, IndexDamaged, StoreError, Unavailable, UsageError
+from .errors import Busy, IndexDamaged, StoreError, Unavailable, UnknownFormat, UsageError
 from .fileio import FileIo
 from .health import Health, look
 from .index import Index
@@ -67,10 +67,13 @@ class Engine:
             stack.callback(self.store.close)
             try:
                 by_reflink = self._shares_by_reflink(options.share)
-            except Unavailable:
+                self.index = _open_index(self.backing, self.store.identity)
+            except (Unavailable, UnknownFormat, OSError):
                 if self.store.was_clean:
-                    self.store.mark_clean()  # nothing was touched
+                    with suppress(OSError):  # on a full disk, say: then the tree is walked
+                        self.store.mark_clean()  # nothing was touched
                 raise
+            stack.callback(self.index.close)
             self._build(options, hasher, by_reflink=by_reflink)
             stack.pop_all()
 
@@ -78,7 +81,6 @@ class Engine:
         backing = self.backing
         rules = self.store.read_rules() if options.rules is None else options.rules
         self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(backing)
-        self.index = _open_index(backing, self.store.identity)
         self.settler = Settler(backing, self.index, self.openfiles, self.gate)
         note = self.settler.note
         self.references = ReferenceSharing(backing, self.blobs, self.openfiles, self.gate, note)
