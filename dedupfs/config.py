@@ -82,7 +82,7 @@ _FOR_OTHERS = ("defaults", "auto", "noauto", "user", "nouser", "users", "nofail"
 # The words that take one of some values, those that take another, and those that may be repeated.
 _CHOICES: dict[str, type[Share] | type[Passthrough]] = {"share": Share, "passthrough": Passthrough}
 _VALUES = {"min_size": "BYTES", "scrub_rate": "MB/s", "metrics": "SOCKET|[HOST:]PORT"}
-_LISTS = {"include": "GLOB", "exclude": "GLOB"}
+_LISTS = {"include": "GLOB", "exclude": "GLOB", "domain": "GLOB"}
 _CONFIG = "config"
 
 _KNOWN = [
@@ -106,6 +106,7 @@ _DEFAULTS: dict[str, object] = {
     "min_size": SMALLEST_SHARED_BYTES,
     "include": (),
     "exclude": (),
+    "domain": (),
     "scrub_rate": 50,
     "metrics": "",
 }
@@ -180,7 +181,9 @@ def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptio
     words += ["allow_other"] if value["allow_other"] else []
     words += [word for word in _ROOT_ONLY if privileged and not value[f"no{word}"]]
     words += [word for word in _PASSED_ON if value[word]]
-    include, exclude = (tuple(dict.fromkeys(os.fsencode(glob) for glob in _strings(value[name]))) for name in _LISTS)
+    include, exclude, domains = (
+        tuple(dict.fromkeys(os.fsencode(glob) for glob in _strings(value[name]))) for name in _LISTS
+    )
     return MountOptions(
         share=Share(str(value["share"])),
         passthrough=Passthrough(str(value["passthrough"])),
@@ -188,7 +191,9 @@ def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptio
         noatime=bool(value["noatime"]),
         allow_other=bool(value["allow_other"]),
         scrub_rate_mb_s=float(str(value["scrub_rate"])),
-        rules=SharingRules(min_size_bytes=int(str(value["min_size"])), include=include, exclude=exclude),
+        rules=SharingRules(
+            min_size_bytes=int(str(value["min_size"])), include=include, exclude=exclude, domains=domains
+        ),
         metrics=str(value["metrics"]),
         fuse_words=tuple(words),
     )
@@ -245,7 +250,7 @@ def _checked(name: str, value: object) -> object:
             if not _is_address(str(value)):
                 raise UsageError(f"metrics={value} is neither the absolute path of a socket nor [HOST:]PORT")
             return str(value)
-        case (("include" | "exclude"), list()):
+        case (("include" | "exclude" | "domain"), list()):
             for glob in value:
                 if not isinstance(glob, str) or not is_glob(glob):
                     raise UsageError(f"{name}: {glob!r} is no glob")

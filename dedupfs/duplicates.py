@@ -51,8 +51,8 @@ class Answers:
         if name == b"state":
             return record.state.word.encode()
         if name == b"refs":
-            return b"%d" % self._index.count_holders(record.content)
-        others = sorted(found for found in self.paths(record.content) if found != path)
+            return b"%d" % sum(self._index.count_holders(copy) for copy in self._index.copies(record.content))
+        others = sorted(found for found in self._everywhere(record.content) if found != path)
         answer = bytearray()
         for found in self._as_caller.readable(others, caller):
             if len(answer) + len(found) + 1 > LONGEST_ANSWER_BYTES:
@@ -85,9 +85,15 @@ class Answers:
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
     def paths(self, content: ContentKey) -> list[bytes]:
-        """Every path of the tree with this content."""
+        """Every path of the tree with this content, not with other copies of the same bytes."""
+        return self._paths(self._index.holders(content))
+
+    def _everywhere(self, content: ContentKey) -> list[bytes]:
+        return [path for copy in self._index.copies(content) for path in self.paths(copy)]
+
+    def _paths(self, inodes: list[Ino]) -> list[bytes]:
         found: list[bytes] = []
-        for ino in self._index.holders(content):
+        for ino in inodes:
             record = self._index.file(ino)
             for path in self._index.paths(ino, self._backing.root_ino) if record is not None else []:
                 try:
@@ -100,16 +106,16 @@ class Answers:
 
     def group(self, path: bytes) -> Group:
         _, record = self.settled(path)
-        return Group(record.content, record.stamp.size_bytes, sorted(self.paths(record.content)))
+        return Group(record.content, record.stamp.size_bytes, sorted(self._everywhere(record.content)))
 
     def groups(self) -> Iterator[Group]:
         """Every content that more than one path has, in short transactions."""
         position = b""
         while True:
-            found, position = self._index.all_groups(position, 200)
+            found, position = self._index.all_duplicates(position, 200)
             for content, inodes in found:
                 record = self._index.file(inodes[0])
-                paths = sorted(self.paths(content))
+                paths = sorted(self._paths(inodes))
                 if record is not None and len(paths) > 1:
                     yield Group(content, record.stamp.size_bytes, paths)
             if not position:

@@ -79,7 +79,7 @@ class Engine:
 
     def _build(self, options: MountOptions, hasher: DescriptorHasher, *, by_reflink: bool) -> None:
         backing = self.backing
-        rules = self.store.read_rules() if options.rules is None else options.rules
+        rules = self._rules = self.store.read_rules() if options.rules is None else options.rules
         self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(backing)
         self.settler = Settler(backing, self.index, self.openfiles, self.gate)
         note = self.settler.note
@@ -107,6 +107,7 @@ class Engine:
                 lambda path: self.on_replaced(path),
                 self.settler.offer,
                 self.settler.postpone,
+                lambda: self.settler.index_is_complete,
                 rules=rules,
             ),
             recording,
@@ -299,7 +300,7 @@ class Engine:
         blob. Answers which they are."""
         found: dict[Ino, bytes] = {}
         with self.settler.writing(alive) as batch:
-            for ino in batch.holders(content):
+            for ino in [ino for copy in self.index.copies(content) for ino in batch.holders(copy)]:
                 record = batch.file(ino)
                 if record is not None and record.state is not FileState.REFERENCE:
                     paths = self.index.paths(ino, self.backing.root_ino)
@@ -353,6 +354,8 @@ class Engine:
         with self._scan_lock:
             self.settler.offer_postponed()
             census = self._reconciler.run(progress, settle=settle, stopping=self._stopping.is_set)
+            self.settler.offer_postponed()  # what waited to know whose a blob is
+            settle()
         return {
             "files": census.files,
             "directories": census.directories,
@@ -388,7 +391,7 @@ class Engine:
         """What is duplicate where (see `report`), and what `status` says."""
         if not self._running and not self.settler.index_is_complete:
             self.scan(progress)
-        report = Report(self.backing, self.index)
+        report = Report(self.backing, self.index, self._rules)
         report.gather(progress)
         return {**self.status(), **report.as_json(self.damages())}
 

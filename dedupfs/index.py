@@ -221,7 +221,7 @@ class Index:
             return [codec.decode_ino(value) for value in cursor.iternext_dup()]
 
     def numbers(self, digest: Digest) -> list[int]:
-        """The collision numbers that are in use with this digest."""
+        """The numbers that are in use with this digest."""
         with self._read() as txn, txn.cursor(self._holders) as cursor:
             found: list[int] = []
             more = cursor.set_range(codec.encode_content(ContentKey(digest, 0)))
@@ -229,6 +229,11 @@ class Index:
                 found.append(content.collision)
                 more = cursor.next_nodup()
             return found
+
+    def copies(self, content: ContentKey) -> list[ContentKey]:
+        """What is in use for the same bytes, this one included."""
+        named = (ContentKey(content.digest, number) for number in self.numbers(content.digest))
+        return [each for each in named if each.bytes_key == content.bytes_key]
 
     def count_holders(self, content: ContentKey) -> int:
         with self._read() as txn, txn.cursor(self._holders) as cursor:
@@ -336,6 +341,34 @@ class Index:
                     if len(found) == limit:
                         return found, key
                 more = cursor.next_nodup()
+            return found, b""
+
+    def all_duplicates(self, after: bytes, limit: int) -> tuple[list[tuple[ContentKey, list[Ino]]], bytes]:
+        """Like `all_groups`, with the holders of all copies of the same bytes together: a few more than `limit`."""
+        with self._read() as txn, txn.cursor(self._holders) as cursor:
+            found: list[tuple[ContentKey, list[Ino]]] = []
+            more = cursor.set_range(after) if after else cursor.first()
+            if more and after and cursor.key() == after:
+                more = cursor.next_nodup()
+            while more:
+                digest, copies = codec.decode_content(cursor.key()).digest, dict[ContentKey, list[bytes]]()
+                while more and (content := codec.decode_content(cursor.key())).digest == digest:
+                    key = cursor.key()
+                    copies.setdefault(content.bytes_key, []).append(key)
+                    alone = cursor.count() == 1
+                    more = cursor.next_nodup()
+                if alone and list(copies.values()) == [[key]]:
+                    continue  # as nearly all are
+                for content, keys in copies.items():
+                    inodes: list[Ino] = []
+                    for each in keys:
+                        cursor.set_key(each)
+                        inodes += [codec.decode_ino(value) for value in cursor.iternext_dup()]
+                    if len(inodes) > 1:
+                        found.append((content, inodes))
+                if len(found) >= limit:
+                    return found, key
+                more = cursor.set_key(key) and cursor.next_nodup()
             return found, b""
 
     def verified(self, content: ContentKey) -> Verified | None:

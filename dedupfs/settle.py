@@ -37,6 +37,7 @@ _HELD_BACK_S = 2.0  # at most, and
 _HELD_BACK_FILES = 4096  # no more than these
 _POLL_S = 0.2  # for readers of a blob that nothing refers to any more
 _POSTPONED_S = 60.0
+_POSTPONED_BY_A_WALK_S = 3600.0  # while the walk has not ended: it offers them at its end
 _RETRY_S = 5.0  # after the index could not be written
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
 
@@ -303,7 +304,7 @@ class Settler:
                 self._hold_back()
                 if self._stopping:
                     return
-            if self._postponed and time.monotonic() - self._tried_at > _POSTPONED_S:
+            if self._postponed and time.monotonic() - self._tried_at > self._patience_s():
                 self.offer_postponed()
             try:
                 self.busy_since_s = time.monotonic()
@@ -329,7 +330,10 @@ class Settler:
     def _nap_s(self) -> float | None:
         if self._unreferenced and self.index_is_complete:
             return _POLL_S
-        return _POSTPONED_S if self._postponed else None
+        return self._patience_s() if self._postponed else None
+
+    def _patience_s(self) -> float:
+        return _POSTPONED_S if self.index_is_complete else _POSTPONED_BY_A_WALK_S
 
     def _lose_batch(self) -> None:
         with self._condition:

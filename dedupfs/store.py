@@ -138,7 +138,7 @@ class Store:
             with suppress(FileNotFoundError):
                 self._backing.unlink(_RULES)
             return
-        globs = {"include": rules.include, "exclude": rules.exclude}
+        globs = {"include": rules.include, "exclude": rules.exclude, "domain": rules.domains}
         record: dict[str, object] = {name: [os.fsdecode(glob) for glob in found] for name, found in globs.items()}
         record["min_size_bytes"] = rules.min_size_bytes
         _write(self._backing, _RULES, json.dumps(record).encode())
@@ -150,9 +150,10 @@ class Store:
             return EVERYTHING
         try:
             record = json.loads(raw)
-            include, exclude = (tuple(os.fsencode(glob) for glob in record[name]) for name in ("include", "exclude"))
-            return SharingRules(int(record["min_size_bytes"]), include, exclude)
-        except (ValueError, KeyError, TypeError):
+            record.setdefault("domain", [])  # before there were any
+            globs = (tuple(os.fsencode(glob) for glob in record[name]) for name in ("include", "exclude", "domain"))
+            return SharingRules(int(record["min_size_bytes"]), *globs)
+        except (ValueError, KeyError, TypeError, AttributeError):
             shown = os.fsdecode(self._backing.source + b"/" + _RULES)
             raise StoreError(f"{shown} is damaged: which files must not share is not known; mount once") from None
 

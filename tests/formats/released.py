@@ -2,8 +2,8 @@
 store, for its index goes by them.
 
 `python -m tests.formats.released IMAGE.xz` makes one with the dedupfs of this checkout, as root; a release keeps its
-own, and never changes that of an earlier one. In the image are `archive/`, a source that was mounted, settled and unmounted,
-and `manifest.json`: what an application saw of each path before dedupfs was there.
+own, and never changes that of an earlier one. In the image are `archive/`, a source that was mounted, settled and
+unmounted, and `manifest.json`: what an application saw of each path before dedupfs was there.
 """
 
 import contextlib

@@ -179,6 +179,7 @@ dirsync = true
 min_size = "64K"
 include = ["permits/"]
 exclude = ["*.tmp", "a,b"]
+domain = ["police/", "agencies/*"]
 scrub_rate = 2.5
 metrics = 9100
 allow_other = true
@@ -192,6 +193,7 @@ def test_every_key(tmp_path: Path) -> None:
     assert (options.share, options.passthrough.value, options.read_only) == (Share.REFERENCE, "off", True)
     assert options.rules is not None
     assert (options.rules.min_size_bytes, options.rules.exclude) == (65536, (b"*.tmp", b"a,b"))
+    assert options.rules.domains == (b"police/", b"agencies/*")
     assert (options.scrub_rate_mb_s, options.metrics) == (2.5, "9100")
     assert sorted(options.fuse_words) == [
         *("allow_other", "default_permissions", "dirsync", "noatime", "noexec", "ro", "sync"),
