@@ -91,8 +91,8 @@ class Matcher:
         self._index_is_complete = index_is_complete
         self._rules = rules
 
-    def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]) -> None:
-        """Record and share the file at `path`, whose inode was `ino`.
+    def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]) -> int:
+        """Record and share the file at `path`, whose inode was `ino`. Answers the size of what was looked at.
 
         `written_digest` is asked once nobody can write any more: its digest as it was computed while it was written.
 
@@ -104,7 +104,7 @@ class Matcher:
         if st.st_ino != ino:
             raise FileNotFoundError
         if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
-            return
+            return 0
         with self._openfiles.watch(key) as watch:
             fd = self._backing.open_quietly(path)
             try:
@@ -117,14 +117,15 @@ class Matcher:
                 file = Settled(path, link, fd, Stamp.of(st), key, watch)
                 if is_in_another(self._backing, path):
                     self._count_foreign_reference(batch, file, st)
-                    return
+                    return 0
                 if self._record_reference(batch, file, st):
-                    return
+                    return 0
                 if st.st_size - st.st_blocks * 512 > _MOST_HOLE_BYTES:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     batch.doubt_file(ino)
-                    return
+                    return 0
                 self._match(batch, file, self._digest(batch, file, written_digest()))
+                return st.st_size
             finally:
                 os.close(fd)
 

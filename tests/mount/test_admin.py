@@ -114,6 +114,35 @@ def test_domains(mounts: Mounts, tmp_path: Path) -> None:
     assert "1 content is shared across domains" in mounted.run("report", mounted.mountpoint).stdout
 
 
+def test_quiet_hours(mounts: Mounts) -> None:
+    """By the real clock: quiet since an hour ago, and for two more."""
+    now = time.localtime()
+    minutes = 60 * now.tm_hour + now.tm_min
+    begin, end = ((minutes + offset) % 1440 for offset in (-60, 120))
+    until = f"{end // 60:02}:{end % 60:02}"
+    mounted = mounts.new(f"quiet={begin // 60:02}:{begin % 60:02}-{until}", "workers=1").start()
+    data = os.urandom(50_000)
+    for name in ("one", "two", "three"):
+        mounted.path(name).write_bytes(data)
+    assert mounted.state("three") == "plain"
+    status = mounted.status()
+    assert (status["pending"], status["quiet_until"]) == (2, until)
+    said = mounted.run("status", mounted.mountpoint).stdout
+    assert f"what is pending waits until {until}; dedupfs settle does it now" in said
+    mounted.kill()
+    mounted.start()
+    assert [mounted.path(name).read_bytes() for name in ("one", "two", "three")] == [data] * 3
+    assert mounted.status()["scanning"]
+    mounted.settle()
+    shared = mounted.state("one")
+    assert shared in ("reference", "shared")
+    assert [mounted.state(name) for name in ("two", "three")] == [shared] * 2
+    mounted.path("four").write_bytes(data)
+    mounted.unmount()
+    mounted.start()
+    assert mounted.status()["pending"] == 1
+
+
 def test_health_and_metrics_of_a_mount(mounts: Mounts, tmp_path: Path) -> None:
     path = tmp_path / "metrics.sock"
     mounted = mounts.new(f"metrics={path}").start()

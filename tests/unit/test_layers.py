@@ -18,6 +18,7 @@ LAYERS = [
     "model",
     # pure
     "rules",
+    "quiet",
     "config",
     "digest",
     "codec",
