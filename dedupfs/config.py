@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from .claims import NamePattern
 from .errors import UsageError
 from .model import SMALLEST_SHARED_BYTES
+from .quiet import NEVER, QuietHours, parse_spans
 from .rules import SharingRules, is_glob
 
 FUSE_CONFIGURATION = "/etc/fuse.conf"
@@ -52,6 +53,12 @@ class MountOptions:
     allow_other: bool = False
     # How fast a scrub reads, in units of 10^6 bytes a second; 0 sets no bound.
     scrub_rate_mb_s: float = 50
+    # When work in the background waits, by local time.
+    quiet: QuietHours = NEVER
+    # How fast files are settled in the background, by their sizes, in units of 10^6 bytes a second; 0 sets no bound.
+    settle_rate_mb_s: float = 0
+    # How many processes describe pictures at a time; 0: as many as half of the processors, four at most.
+    workers: int = 0
     # Which files never share; None: those that the last mount was told.
     rules: SharingRules | None = None
     # Folders whose versions of a photograph are held authoritative where nothing else decides, the first one first.
@@ -86,8 +93,16 @@ _FOR_OTHERS = ("defaults", "auto", "noauto", "user", "nouser", "users", "nofail"
 
 # The words that take one of some values, those that take another, and those that may be repeated.
 _CHOICES: dict[str, type[Share] | type[Passthrough]] = {"share": Share, "passthrough": Passthrough}
-_VALUES = {"min_size": "BYTES", "scrub_rate": "MB/s", "metrics": "SOCKET|[HOST:]PORT", "name_pattern": "REGEX"}
-_LISTS = {"include": "GLOB", "exclude": "GLOB", "prefer": "DIR"}
+_RATES = ("scrub_rate", "settle_rate")
+_VALUES = {
+    "min_size": "BYTES",
+    **dict.fromkeys(_RATES, "MB/s"),
+    "workers": "NUMBER",
+    "metrics": "SOCKET|[HOST:]PORT",
+    "name_pattern": "REGEX",
+}
+_LISTS = {"include": "GLOB", "exclude": "GLOB", "domain": "GLOB", "prefer": "DIR", "quiet": "HH:MM-HH:MM"}
+_MOST_WORKERS = 64
 _CONFIG = "config"
 
 _KNOWN = [
@@ -111,8 +126,12 @@ _DEFAULTS: dict[str, object] = {
     "min_size": SMALLEST_SHARED_BYTES,
     "include": (),
     "exclude": (),
+    "domain": (),
     "prefer": (),
     "name_pattern": "",
+    "quiet": (),
+    "settle_rate": 0,
+    "workers": 0,
     "scrub_rate": 50,
     "metrics": "",
 }
@@ -187,9 +206,14 @@ def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptio
     words += ["allow_other"] if value["allow_other"] else []
     words += [word for word in _ROOT_ONLY if privileged and not value[f"no{word}"]]
     words += [word for word in _PASSED_ON if value[word]]
-    include, exclude, prefer = (
-        tuple(dict.fromkeys(os.fsencode(glob) for glob in _strings(value[name]))) for name in _LISTS
+    include, exclude, domains, prefer = (
+        tuple(dict.fromkeys(os.fsencode(glob) for glob in _strings(value[name])))
+        for name in ("include", "exclude", "domain", "prefer")
     )
+    try:
+        quiet = parse_spans(_strings(value["quiet"]))
+    except ValueError as error:  # of those of a file and of each word alone nothing is wrong
+        raise UsageError(f"quiet: {error}") from None
     return MountOptions(
         share=Share(str(value["share"])),
         passthrough=Passthrough(str(value["passthrough"])),
@@ -197,7 +221,12 @@ def _options_of(found: Mapping[str, Setting], *, privileged: bool) -> MountOptio
         noatime=bool(value["noatime"]),
         allow_other=bool(value["allow_other"]),
         scrub_rate_mb_s=float(str(value["scrub_rate"])),
-        rules=SharingRules(min_size_bytes=int(str(value["min_size"])), include=include, exclude=exclude),
+        settle_rate_mb_s=float(str(value["settle_rate"])),
+        quiet=quiet,
+        workers=int(str(value["workers"])),
+        rules=SharingRules(
+            min_size_bytes=int(str(value["min_size"])), include=include, exclude=exclude, domains=domains
+        ),
         prefer=prefer,
         name_pattern=str(value["name_pattern"]),
         metrics=str(value["metrics"]),
@@ -244,19 +273,30 @@ def _checked(name: str, value: object) -> object:
             return value
         case "min_size", _:
             return _bytes_of(value)
-        case "scrub_rate", str() | int() | float() if not isinstance(value, bool):
+        case (("scrub_rate" | "settle_rate"), str() | int() | float()) if not isinstance(value, bool):
             try:
                 rate = float(value)
             except ValueError:
                 rate = math.nan
             if math.isfinite(rate) and 0 <= rate < 1e9:
                 return rate
-            raise UsageError(f"scrub_rate={value} is no number of million bytes a second; 0 sets no bound")
+            raise UsageError(f"{name}={value} is no number of million bytes a second; 0 sets no bound")
+        case "workers", str() | int() if not isinstance(value, bool):
+            text = str(value)
+            if text.isascii() and text.isdecimal() and len(text) < 4 and int(text) <= _MOST_WORKERS:
+                return int(text)
+            raise UsageError(f"workers={value} is no number from 1 to {_MOST_WORKERS}, or 0 for what fits the machine")
+        case "quiet", list():
+            try:
+                parse_spans(str(span) for span in value)
+            except ValueError as error:
+                raise UsageError(f"quiet: {error}") from None
+            return tuple(str(span) for span in value)
         case "metrics", str() | int() if not isinstance(value, bool):
             if not _is_address(str(value)):
                 raise UsageError(f"metrics={value} is neither the absolute path of a socket nor [HOST:]PORT")
             return str(value)
-        case (("include" | "exclude"), list()):
+        case (("include" | "exclude" | "domain"), list()):
             for glob in value:
                 if not isinstance(glob, str) or not is_glob(glob):
                     raise UsageError(f"{name}: {glob!r} is no glob")
@@ -277,7 +317,8 @@ def _checked(name: str, value: object) -> object:
         case _, bool() if isinstance(_DEFAULTS.get(name), bool):
             return value
     kinds = {**dict.fromkeys((*_LISTS,), "a list of strings"), **dict.fromkeys((*_CHOICES, *_PLACES), "a string")}
-    kinds |= {"scrub_rate": "a number", "metrics": "a string or a port", "name_pattern": "a string"}
+    kinds |= {**dict.fromkeys(_RATES, "a number"), "workers": "a number", "metrics": "a string or a port"}
+    kinds["name_pattern"] = "a string"
     raise UsageError(f"{name} is {kinds.get(name, 'true or false')}, not {value!r}")
 
 

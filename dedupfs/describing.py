@@ -38,6 +38,7 @@ _LOOK_S = 0.05
 _LATER_S = 30.0  # until what could not be read is tried again
 _REST_S = 30.0  # without work, until the workers go
 _WITHOUT_WORKERS_S = 60.0  # until it is tried again whether they can be had
+_CLOCK_S = 10.0  # until it is looked again whether quiet hours are over
 _RETRY_S = 5.0  # after the index could not be written
 _PUT_BACK = 500
 _MOST_ENTRIES = 1000  # of a directory that are looked at, and
@@ -128,7 +129,7 @@ class Describer:
 
     def wait_loaded(self, timeout_s: float) -> bool:
         """Wait until what was described before is known to the search."""
-        with self._condition:
+        with self._patiently():
             return self._condition.wait_for(lambda: self._similar.is_loaded or self._idle or self._ended(), timeout_s)
 
     def entry(self, content: ContentKey, timeout_s: float) -> ImageEntry | None:
@@ -176,6 +177,7 @@ class Describer:
     def _run(self) -> None:
         with ThreadPoolExecutor(self._at_a_time, thread_name_prefix="describe") as pool:
             while not self._stopping:
+                self._sit_out_quiet_hours()
                 try:
                     if not self._prepare() or not self._work(pool):
                         self._rest()
@@ -192,6 +194,12 @@ class Describer:
                     # A bug that one picture meets must not leave all others undescribed.
                     log.exception("describing failed; it goes on later")
                     self._pause(_RETRY_S)
+
+    def _sit_out_quiet_hours(self) -> None:
+        """Return when they are over, or somebody asks."""
+        with self._condition:
+            while not (self._stopping or self._waiting) and self._settler.quiet_until():
+                self._condition.wait(_CLOCK_S)
 
     def _complain(self, reason: str) -> None:
         """No worker can be had. Whoever waits is told, and it is tried again later."""

@@ -8,7 +8,7 @@ and read themselves.
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -52,8 +52,8 @@ class Answers:
         if name == b"state":
             return record.state.word.encode()
         if name == b"refs":
-            return b"%d" % self._index.count_holders(record.content)
-        others = sorted(found for found in self.paths(record.content) if found != path)
+            return b"%d" % sum(self._index.count_holders(copy) for copy in self._index.copies(record.content))
+        others = sorted(found for found in self._everywhere(record.content) if found != path)
         answer = bytearray()
         for found in self._as_caller.readable(others, caller):
             if len(answer) + len(found) + 1 > LONGEST_ANSWER_BYTES:
@@ -86,12 +86,18 @@ class Answers:
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
     def paths(self, content: ContentKey) -> list[bytes]:
-        """Every path of the tree with this content."""
+        """Every path of the tree with this content, not with other copies of the same bytes."""
         return list(self.iter_paths(content))
 
     def iter_paths(self, content: ContentKey) -> Iterator[bytes]:
         """The same, one after the other: for who needs the first few of perhaps a hundred thousand."""
-        for ino in self._index.iter_holders(content):
+        return self._paths(self._index.iter_holders(content))
+
+    def _everywhere(self, content: ContentKey) -> list[bytes]:
+        return [path for copy in self._index.copies(content) for path in self.iter_paths(copy)]
+
+    def _paths(self, inodes: Iterable[Ino]) -> Iterator[bytes]:
+        for ino in inodes:
             record = self._index.file(ino)
             for path in self._index.paths(ino, self._backing.root_ino) if record is not None else []:
                 try:
@@ -124,16 +130,16 @@ class Answers:
 
     def group(self, path: bytes) -> Group:
         _, record = self.settled(path)
-        return Group(record.content, record.stamp.size_bytes, sorted(self.paths(record.content)))
+        return Group(record.content, record.stamp.size_bytes, sorted(self._everywhere(record.content)))
 
     def groups(self) -> Iterator[Group]:
         """Every content that more than one path has, in short transactions."""
         position = b""
         while True:
-            found, position = self._index.all_groups(position, 200)
+            found, position = self._index.all_duplicates(position, 200)
             for content, inodes in found:
                 record = self._index.file(inodes[0])
-                paths = sorted(self.paths(content))
+                paths = sorted(self._paths(inodes))
                 if record is not None and len(paths) > 1:
                     yield Group(content, record.stamp.size_bytes, paths)
             if not position:

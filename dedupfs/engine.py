@@ -20,7 +20,7 @@ from .claims import NamePattern
 from .config import MountOptions
 from .digest import Checkpoint, DescriptorHasher, hash_descriptor, proceed
 from .duplicates import Answers, Group
-from .errors import Busy, IndexDamaged, StoreError, Unavailable, UsageError
+from .errors import Busy, IndexDamaged, StoreError, Unavailable, UnknownFormat, UsageError
 from .fileio import FileIo
 from .health import Health, look
 from .index import Index
@@ -70,19 +70,29 @@ class Engine:
             stack.callback(self.store.close)
             try:
                 by_reflink = self._shares_by_reflink(options.share)
-            except Unavailable:
+                self.index = _open_index(self.backing, self.store.identity)
+            except (Unavailable, UnknownFormat, OSError):
                 if self.store.was_clean:
-                    self.store.mark_clean()  # nothing was touched
+                    with suppress(OSError):  # on a full disk, say: then the tree is walked
+                        self.store.mark_clean()  # nothing was touched
                 raise
+            stack.callback(self.index.close)
             self._build(options, hasher, by_reflink=by_reflink)
             stack.pop_all()
 
     def _build(self, options: MountOptions, hasher: DescriptorHasher, *, by_reflink: bool) -> None:
         backing = self.backing
-        rules = self.store.read_rules() if options.rules is None else options.rules
+        rules = self._rules = self.store.read_rules() if options.rules is None else options.rules
         self.openfiles, self.gate, self.blobs = OpenFiles(), Gate(), Blobs(backing)
-        self.index = _open_index(backing, self.store.identity)
-        self.settler = Settler(backing, self.index, self.openfiles, self.gate)
+        self._quiet = options.quiet
+        self.settler = Settler(
+            backing,
+            self.index,
+            self.openfiles,
+            self.gate,
+            quiet_until=lambda: self.quiet_until(),
+            rate_bytes_s=options.settle_rate_mb_s * 10**6,
+        )
         note = self.settler.note
         self.references = ReferenceSharing(backing, self.blobs, self.openfiles, self.gate, note)
         self.references.sweep()
@@ -108,6 +118,7 @@ class Engine:
                 lambda path: self.on_replaced(path),
                 self.settler.offer,
                 self.settler.postpone,
+                lambda: self.settler.index_is_complete,
                 rules=rules,
             ),
             recording,
@@ -153,6 +164,7 @@ class Engine:
         self._restorer = Restorer(
             backing, self.index, self.blobs, io, lambda: self._stopping.is_set(), self._release_blobs
         )
+        self._workers = options.workers
         self._scrub_rate_bytes_s = int(options.scrub_rate_mb_s * 10**6)
         self._scrub_lock = threading.Lock()
         self.imaging: Imaging | None = None  # of a mount that describes pictures
@@ -183,6 +195,11 @@ class Engine:
             self._scanner = threading.Thread(target=self._scan_in_background, name="scan", daemon=True)
             self._scanner.start()
 
+    def quiet_until(self) -> str:
+        """When the quiet hours end in which work in the background waits, as HH:MM; "" outside of them."""
+        now = time.localtime()
+        return self._quiet.until(now.tm_hour, now.tm_min)
+
     def _start_imaging(self) -> None:
         from .imaging import Imaging  # loads numpy, which commands without a mount do without
 
@@ -195,6 +212,7 @@ class Engine:
             self._as_caller,
             name_pattern=self._name_pattern,
             preferred=self._preferred,
+            at_a_time=self._workers,
         )
         self.imaging.describer.start()
 
@@ -205,8 +223,12 @@ class Engine:
         return self.answers.xattr(path, name, caller)
 
     def _scan_in_background(self) -> None:
+        def stopping() -> bool:
+            self.settler.wait_until_loud()
+            return self._stopping.is_set()
+
         try:
-            self.scan(lambda phase, done, total: None)
+            self._scan(lambda phase, done, total: None, stopping)
         except Stopped:
             pass
         except StoreError as error:
@@ -221,7 +243,8 @@ class Engine:
         self._closed = True
         self._stopping.set()
         if self._scanner is not None:
-            self._scanner.join()
+            with self.settler.hurried():  # or it would sit out quiet hours
+                self._scanner.join()
         if self.imaging is not None:
             self.imaging.stop()
         agrees = True
@@ -249,8 +272,18 @@ class Engine:
     # -- commands -----------------------------------------------------------------------------------------------------
 
     def settle(self, progress: Progress, *, exact: bool = False) -> dict[str, object]:
-        """Wait until nothing is pending, first scan included, nor any picture to be described unless `exact`."""
+        """Wait until nothing is pending, first scan included, nor any picture to be described unless `exact`.
+
+        Neither the hour nor a rate holds that back.
+        """
         before = self.settler.settled
+        with self.settler.hurried():
+            self._settle(progress, before)
+        if self.imaging is not None and not exact:
+            self.imaging.settle(progress)
+        return {"settled": self.settler.settled - before}
+
+    def _settle(self, progress: Progress, before: int) -> None:
         for _ in range(3):  # what a reader just closed is shared at its release, which is on the way
             closed = self.openfiles.wait_until_closed(None, _RELEASE_S)
             while not self._is_idle():
@@ -262,9 +295,6 @@ class Engine:
             if not closed or self.openfiles.wait_until_closed(None, 0):
                 break  # it is open elsewhere, or nothing is
         self.settler.wait_until_removed(_RELEASE_S)
-        if self.imaging is not None and not exact:
-            self.imaging.settle(progress)
-        return {"settled": self.settler.settled - before}
 
     def _is_idle(self) -> bool:
         scanning = self._scanner is not None and self._scanner.is_alive()
@@ -287,6 +317,7 @@ class Engine:
             "blobs": totals.contents_shared if self.sharing is self.references else self._count_blobs(),
             "pending": self.settler.pending(),
             "scanning": scanning,
+            "quiet_until": self.quiet_until(),
             "share": self.sharing.name,
             "passthrough": not (reason := self.why_no_passthrough()),
             "passthrough_reason": reason,
@@ -309,7 +340,7 @@ class Engine:
         blob. Answers which they are."""
         found: dict[Ino, bytes] = {}
         with self.settler.writing(alive) as batch:
-            for ino in batch.holders(content):
+            for ino in [ino for copy in self.index.copies(content) for ino in batch.holders(copy)]:
                 record = batch.file(ino)
                 if record is not None and record.state is not FileState.REFERENCE:
                     paths = self.index.paths(ino, self.backing.root_ino)
@@ -351,8 +382,11 @@ class Engine:
         return report.as_json()
 
     def scan(self, progress: Progress) -> dict[str, object]:
-        """Walk the tree and settle everything that the index does not know as it is. Raises Stopped."""
+        """Walk the tree and settle everything that the index does not know as it is, at once. Raises Stopped."""
+        with self.settler.hurried():
+            return self._scan(progress, self._stopping.is_set)
 
+    def _scan(self, progress: Progress, stopping: Callable[[], bool]) -> dict[str, object]:
         def settle() -> None:
             if self._running:
                 while not self.settler.wait_idle(0.5) and not self._stopping.is_set():
@@ -362,7 +396,9 @@ class Engine:
 
         with self._scan_lock:
             self.settler.offer_postponed()
-            census = self._reconciler.run(progress, settle=settle, stopping=self._stopping.is_set)
+            census = self._reconciler.run(progress, settle=settle, stopping=stopping)
+            self.settler.offer_postponed()  # what waited to know whose a blob is
+            settle()
         return {
             "files": census.files,
             "directories": census.directories,
@@ -378,9 +414,10 @@ class Engine:
     def describe(self) -> str:
         """What it is doing, in a few words."""
         pending = self.settler.pending()
+        quiet = f", until {until}" if (until := self.quiet_until()) else ""
         if self._scan_lock.locked():
-            return f"serving; a scan is running, {pending:,} files wait"
-        return f"serving; {pending:,} files wait" if pending else "serving"
+            return f"serving; a scan is running, {pending:,} files wait{quiet}"
+        return f"serving; {pending:,} files wait{quiet}" if pending else "serving"
 
     def metrics(self) -> dict[str, object]:
         """What is told to who watches: numbers, and which checks fail."""
@@ -398,7 +435,7 @@ class Engine:
         """What is duplicate where (see `report`), and what `status` says."""
         if not self._running and not self.settler.index_is_complete:
             self.scan(progress)
-        report = Report(self.backing, self.index)
+        report = Report(self.backing, self.index, self._rules)
         report.gather(progress)
         return {**self.status(), **report.as_json(self.damages())}
 

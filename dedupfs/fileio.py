@@ -17,6 +17,7 @@ from .blobs import Blobs
 from .errors import DamagedContent, StoreError
 from .index import Index
 from .journal import Restored, Shared, Touched
+from .matching import domains_of
 from .model import SMALLEST_SHARED_BYTES, UNKNOWN_PATH, Caller, ContentKey, FileRecord, FileState, Stamp, is_hidden
 from .openfiles import Gate, GivenUp, Handle, InUse, Key, OpenFiles, OpenInode
 from .orphans import Orphans
@@ -427,6 +428,9 @@ class FileIo:
                 return count
         if source_offset >= os.fstat(source.own_fd).st_size:
             return 0
+        if self._rules.domains and not self._is_of_one_domain(source, target):
+            # Filesystems that can let the two share extents. For this errno the kernel copies bytes.
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         inode = target.inode
         with inode.lock:
             self._materialise(inode, target.own_fd)
@@ -451,6 +455,8 @@ class FileIo:
             return 0
         path = self._backing.path_of(target.own_fd)
         if path is None or is_in_another(self._backing, path) or not self._rules.allow(path, size_bytes):
+            return 0
+        if self._rules.domains and not self._is_of_one_domain(source, target):
             return 0
         content = self._content_of(source)
         if content is None:
@@ -482,7 +488,9 @@ class FileIo:
         """The content with a blob that an open file stands for; a settled plain file is made one."""
         inode = source.inode
         if inode.reference is not None:
-            return None if inode.reference.materialising else inode.reference.content
+            if inode.reference.materialising or not self._may_join(source, inode.reference.content):
+                return None
+            return inode.reference.content
         try:
             record = self._index.file(inode.key.ino)
         except StoreError:
@@ -490,6 +498,8 @@ class FileIo:
         st = os.fstat(source.own_fd)
         path = self._backing.path_of(source.own_fd)
         if path is None or not self._may_publish(path, record, st, inode.key) or record is None:
+            return None
+        if not self._may_join(source, record.content):
             return None
         try:
             with self._openfiles.watch(inode.key) as watch:
@@ -500,6 +510,21 @@ class FileIo:
             log.debug("cannot publish %s for a copy: %s", os.fsdecode(path), error)
             return None
         return record.content
+
+    def _is_of_one_domain(self, source: Handle, target: Handle) -> bool:
+        paths = [self._backing.path_of(handle.own_fd) for handle in (source, target)]
+        return len({self._rules.domain_of(path) for path in paths if path is not None}) == 1 and None not in paths
+
+    def _may_join(self, source: Handle, content: ContentKey) -> bool:
+        """Whether those who share a content are all of the domain of the file that is copied."""
+        if not self._rules.domains:
+            return True
+        path = self._backing.path_of(source.own_fd)
+        try:
+            domains = domains_of(self._index, self._rules, content, self._backing.root_ino)
+        except StoreError:
+            return False
+        return path is not None and domains <= {self._rules.domain_of(path)}
 
     def _may_publish(self, path: bytes, record: FileRecord | None, st: os.stat_result, key: Key) -> bool:
         return (

@@ -36,11 +36,14 @@ class Imaging:
         answers: Answers,
         as_caller: AsCaller,
         *,
+        at_a_time: int,
         name_pattern: NamePattern | None = None,
         preferred: tuple[bytes, ...] = (),
     ) -> None:
-        self._workers, self._similar = Workers(_AT_A_TIME + 1), Similar(index.images)  # one for who asks
-        self.describer = Describer(backing, index, blobs, settler, self._similar, self._workers, at_a_time=_AT_A_TIME)
+        """`at_a_time`: how many pictures are described at the same time, 0 for what fits the machine."""
+        at_a_time = at_a_time or _AT_A_TIME
+        self._workers, self._similar = Workers(at_a_time + 1), Similar(index.images)  # one for who asks
+        self.describer = Describer(backing, index, blobs, settler, self._similar, self._workers, at_a_time=at_a_time)
         self.pictures = Pictures(
             backing,
             index,

@@ -3,7 +3,7 @@
 Only this module imports lmdb; `codec` makes the bytes. The tables (d: dupsort, several values a key):
 
     table      key               value             says
-    meta       b"version"        b"1"              schema version; another one is refused
+    meta       b"version"        b"2"              schema version; a newer one is refused, an older one taken over
     meta       b"store"          identity          the store this index describes; another one's is not used
     meta       b"complete"       b"1"              a walk of the whole tree has finished
     meta       b"count.*"        counter           sums, see `_COUNTERS`; fsck recomputes them
@@ -27,10 +27,11 @@ LMDB in one transaction. No file is read and nothing hashed while a write transa
 
 from __future__ import annotations  # lmdb's classes are generic for the type checker only
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 from typing import Self
 
@@ -43,7 +44,8 @@ from .imagetables import Described, ImageTables
 from .model import ContentKey, Damage, Digest, FileRecord, FileState, Ino, Link, ScrubPass, Totals, Verified
 
 SCHEMA_VERSION = b"2"
-_WITHOUT_PICTURES = b"1"  # the schema before; it has all of this one but the tables of pictures
+# Older schemas that are taken over as they are. 1 has all of this one but the tables of pictures, which begin empty.
+TAKEN_OVER = (b"1",)
 
 # Sparse, and never grown: enlarging a map while transactions are open is what crashes. About 400 bytes a file are used.
 _MAP_BYTES = 64 << 30
@@ -58,10 +60,15 @@ class Index:
     """An open index. Reading is for any thread; at most one `Batch` exists at a time."""
 
     def __init__(self, directory: str | bytes, identity: str) -> None:
-        """Open or create. Raises IndexDamaged when it cannot be used as it is, UnknownFormat when it is newer."""
-        _verify(os.path.join(os.fsdecode(directory), "data.mdb"))
+        """Open or create; one of an older schema is taken over, after a copy of it was put beside it (`backup_name`).
+
+        Raises IndexDamaged when it cannot be used as it is, UnknownFormat, with nothing changed, when it is newer, and
+        OSError when there is no room for the copy.
+        """
+        self._directory = os.fsdecode(directory)
+        _verify(os.path.join(self._directory, "data.mdb"))
         try:
-            with _lock_in_memory(os.fsdecode(directory)) as place:
+            with _lock_in_memory(self._directory) as place:
                 self._env = lmdb.open(
                     place,
                     map_size=_MAP_BYTES,
@@ -71,31 +78,33 @@ class Index:
                     writemap=False,
                     readahead=False,
                 )
-            names = (("meta", 0), ("files", 0), ("links", 1), ("dirs", 0), ("holders", 1), ("sharers", 1), ("queue", 0))
-            self._check_length(os.path.join(os.fsdecode(directory), "data.mdb"))
+            self._check_length(os.path.join(self._directory, "data.mdb"))
+            self._meta = self._env.open_db(b"meta")
+        except lmdb.Error as error:
+            raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
+        try:
+            self._check_identity(identity.encode())  # before a table is made that another schema does not have
+            self._open_tables()
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _open_tables(self) -> None:
+        try:
+            names = (("files", 0), ("links", 1), ("dirs", 0), ("holders", 1), ("sharers", 1), ("queue", 0))
             tables = {name: self._env.open_db(name.encode(), dupsort=bool(dup)) for name, dup in names}
             self.images = ImageTables(
                 lambda name, dup: self._env.open_db(name.encode(), dupsort=dup),
-                tables["meta"],
+                self._meta,
                 tables["holders"],
                 self._read,
                 self._write,
             )
-        except lmdb.Error as error:
-            raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
-        self._meta, self._files, self._links = tables["meta"], tables["files"], tables["links"]
-        self._dirs, self._holders, self._sharers = tables["dirs"], tables["holders"], tables["sharers"]
-        self._queue = tables["queue"]
-        try:
             self._verified, self._damages = (self._env.open_db(name) for name in (b"verified", b"damages"))
         except lmdb.Error as error:
-            self._env.close()
             raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
-        try:
-            self._check_identity(identity.encode())
-        except BaseException:
-            self._env.close()
-            raise
+        self._files, self._links, self._queue = tables["files"], tables["links"], tables["queue"]
+        self._dirs, self._holders, self._sharers = tables["dirs"], tables["holders"], tables["sharers"]
 
     def _check_length(self, path: str) -> None:
         """LMDB maps what its header promises: of a file that was cut short, the rest is a SIGBUS."""
@@ -106,17 +115,13 @@ class Index:
             raise IndexDamaged(f"the index has {found} of {promised} bytes")
 
     def _check_identity(self, identity: bytes) -> None:
-        with self._write() as txn:
-            version = txn.get(b"version", db=self._meta)
-            if version is None:
-                txn.put(b"version", SCHEMA_VERSION, db=self._meta)
-                txn.put(b"store", identity, db=self._meta)
-                return
-            owner = txn.get(b"store", db=self._meta)
-            if version == _WITHOUT_PICTURES and owner == identity:
-                txn.put(b"version", SCHEMA_VERSION, db=self._meta)
-                version = SCHEMA_VERSION
-        if version != SCHEMA_VERSION:
+        with self._read() as txn:
+            version, owner = (txn.get(key, db=self._meta) for key in (b"version", b"store"))
+        if version is None:
+            owner = identity
+        elif version in TAKEN_OVER and owner == identity:
+            self._back_up(version)
+        elif version not in (SCHEMA_VERSION, *TAKEN_OVER):
             raise UnknownFormat(
                 f"the index has schema {version!r}, this dedupfs knows {SCHEMA_VERSION!r}; use a newer one"
             )
@@ -124,6 +129,36 @@ class Index:
             raise IndexDamaged(
                 "the index describes another store, or this one before it was copied; run dedupfs rebuild"
             )
+        if version != SCHEMA_VERSION:
+            with self._write() as txn:
+                txn.put(b"version", SCHEMA_VERSION, db=self._meta)
+                txn.put(b"store", identity, db=self._meta)
+
+    def _back_up(self, version: bytes) -> None:
+        """Put a copy of the index beside it before anything in it is changed. Killed anywhere, it is done again."""
+        path = os.path.join(self._directory, backup_name(version))
+        try:
+            fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                self._env.copyfd(fd)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(path + ".new", path)
+            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except (OSError, lmdb.Error) as error:
+            number = error.errno if isinstance(error, OSError) else errno.EIO
+            with suppress(FileNotFoundError):
+                os.unlink(path + ".new")
+            raise OSError(
+                number,
+                f"the index is of an older version, and cannot be copied before it is taken over ({error}); make room, "
+                "or delete .dedupfs/index: then it is made anew",
+            ) from None
 
     def close(self) -> None:
         self._env.sync(True)
@@ -181,7 +216,7 @@ class Index:
             return [codec.decode_ino(value) for value in cursor.iternext_dup()]
 
     def numbers(self, digest: Digest) -> list[int]:
-        """The collision numbers that are in use with this digest."""
+        """The numbers that are in use with this digest."""
         with self._read() as txn, txn.cursor(self._holders) as cursor:
             found: list[int] = []
             more = cursor.set_range(codec.encode_content(ContentKey(digest, 0)))
@@ -189,6 +224,11 @@ class Index:
                 found.append(content.collision)
                 more = cursor.next_nodup()
             return found
+
+    def copies(self, content: ContentKey) -> list[ContentKey]:
+        """What is in use for the same bytes, this one included."""
+        named = (ContentKey(content.digest, number) for number in self.numbers(content.digest))
+        return [each for each in named if each.bytes_key == content.bytes_key]
 
     def count_holders(self, content: ContentKey) -> int:
         with self._read() as txn, txn.cursor(self._holders) as cursor:
@@ -298,6 +338,34 @@ class Index:
                 more = cursor.next_nodup()
             return found, b""
 
+    def all_duplicates(self, after: bytes, limit: int) -> tuple[list[tuple[ContentKey, list[Ino]]], bytes]:
+        """Like `all_groups`, with the holders of all copies of the same bytes together: a few more than `limit`."""
+        with self._read() as txn, txn.cursor(self._holders) as cursor:
+            found: list[tuple[ContentKey, list[Ino]]] = []
+            more = cursor.set_range(after) if after else cursor.first()
+            if more and after and cursor.key() == after:
+                more = cursor.next_nodup()
+            while more:
+                digest, copies = codec.decode_content(cursor.key()).digest, dict[ContentKey, list[bytes]]()
+                while more and (content := codec.decode_content(cursor.key())).digest == digest:
+                    key = cursor.key()
+                    copies.setdefault(content.bytes_key, []).append(key)
+                    alone = cursor.count() == 1
+                    more = cursor.next_nodup()
+                if alone and list(copies.values()) == [[key]]:
+                    continue  # as nearly all are
+                for content, keys in copies.items():
+                    inodes: list[Ino] = []
+                    for each in keys:
+                        cursor.set_key(each)
+                        inodes += [codec.decode_ino(value) for value in cursor.iternext_dup()]
+                    if len(inodes) > 1:
+                        found.append((content, inodes))
+                if len(found) >= limit:
+                    return found, key
+                more = cursor.set_key(key) and cursor.next_nodup()
+            return found, b""
+
     def verified(self, content: ContentKey) -> Verified | None:
         with self._read() as txn:
             value = txn.get(codec.encode_content(content), db=self._verified)
@@ -363,6 +431,11 @@ class Index:
     def load_queue(self) -> list[tuple[Ino, bytes]]:
         with self._read() as txn, txn.cursor(self._queue) as cursor:
             return [codec.decode_pending(value) for _, value in cursor]
+
+
+def backup_name(version: bytes) -> str:
+    """What the copy of an index of an older schema is called, in its directory."""
+    return f"schema-{version.decode()}.mdb"
 
 
 @contextmanager

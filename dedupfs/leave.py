@@ -19,6 +19,7 @@ from .decisions import DECISIONS
 from .digest import hash_descriptor
 from .engine import Engine
 from .errors import Busy, StoreError
+from .index import TAKEN_OVER, backup_name
 from .model import STORE_DIRECTORY, FileState, Ino, Progress, Stamp
 from .reconcile import Census, walk
 from .rules import NOTHING
@@ -29,7 +30,11 @@ _FURNITURE = (b"README", b"clean", b"daemon.json", b"daemon.log", b"sharing.json
 _LAST = (b"format", b"lock")
 # What it made for people, which is theirs.
 _KEPT = {DECISIONS: "says what people decided about pictures; move it to where you keep it"}
-_INDEX_FILES = (b"data.mdb", b"lock.mdb")
+_INDEX_FILES = (
+    b"data.mdb",
+    b"lock.mdb",
+    *(os.fsencode(backup_name(version) + end) for version in TAKEN_OVER for end in ("", ".new")),
+)
 _DIRECTORIES = (BLOBS, INDEX, STAGING, ORPHANS, TRASH, QUARANTINE)
 
 

@@ -3,6 +3,9 @@
 A digest proposes, bytes decide: a file is put under a content only after it was compared with a file or the blob that
 stands for that content. Equal digests with different bytes mean that one of the two is not what was hashed (then it is
 found out which, and a damaged blob is healed by the good copy), or a collision (then the file gets the next number).
+
+Where domains are kept apart, the files of each that have a content share a copy of it: a number of its own, with its
+own blob (see `ContentKey`). Whose copy one is, is what those say that share it.
 """
 
 import itertools
@@ -12,7 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from typing import NamedTuple, Protocol
 
 from .backing import Backing
 from .blobs import Blobs
@@ -20,7 +23,7 @@ from .digest import DescriptorHasher, same_bytes
 from .errors import DamagedContent, StoreError
 from .index import Batch
 from .journal import Recording
-from .model import UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
+from .model import COLLISIONS, UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
 from .openfiles import InUse, Key, OpenFiles
 from .rules import EVERYTHING, SharingRules
 from .sharing import Changed, ReferenceSharing, Settled, Sharing
@@ -36,8 +39,38 @@ _TICK_NS = 20_000_000
 _MOST_HOLE_BYTES = 1 << 40
 
 
-# Whoever else has a content, as often as it is asked.
-Others = Callable[[], Iterator[Ino]]
+# Of those that share a content, so many are asked for their domain.
+_ASKED = 100
+
+
+class Looked(NamedTuple):
+    """What became of a file: the content that it was recorded with, None when it was not; and how many bytes of it
+    were looked at."""
+
+    content: ContentKey | None
+    size_bytes: int
+
+
+NOTHING = Looked(None, 0)
+
+
+class Records(Protocol):
+    """What both an index and a batch of it answer."""
+
+    def file(self, ino: Ino) -> FileRecord | None: ...
+    def iter_holders(self, content: ContentKey) -> Iterator[Ino]: ...
+    def paths(self, ino: Ino, root: Ino) -> list[bytes]: ...
+
+
+def domains_of(records: Records, rules: SharingRules, content: ContentKey, root: Ino) -> set[bytes | None]:
+    """The domains of the files that share this content; of many, of the first ones. None among them stands for a file
+    whose path is not known."""
+    found: set[bytes | None] = set()
+    held = ((ino, records.file(ino)) for ino in records.iter_holders(content))
+    sharers = (ino for ino, record in held if record is not None and record.state is not FileState.PLAIN)
+    for ino in itertools.islice(sharers, _ASKED):
+        found.update([rules.domain_of(path) for path in records.paths(ino, root)] or [None])
+    return found
 
 
 class Matcher:
@@ -55,22 +88,22 @@ class Matcher:
         on_replaced: Callable[[bytes], None],
         offer: Callable[[Ino, bytes], None],
         postpone: Callable[[Ino, bytes], bool],
+        index_is_complete: Callable[[], bool],
         *,
         rules: SharingRules = EVERYTHING,
     ) -> None:
         """`on_replaced` is called with each path whose inode is another, `offer` with files to look at again, and
-        `postpone` with those that could not be shared; it answers whether that is new."""
+        `postpone` with those that could not be shared; it answers whether that is new. `index_is_complete`: whether
+        every reference is in the index."""
         self._backing, self._blobs, self._openfiles = backing, blobs, openfiles
         self._references, self._strategy, self._hash = references, strategy, hasher
         self._recording, self._on_replaced = recording, on_replaced
         self._offer, self._postpone = offer, postpone
+        self._index_is_complete = index_is_complete
         self._rules = rules
 
-    def settle(
-        self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]
-    ) -> ContentKey | None:
-        """Record and share the file at `path`, whose inode was `ino`. Answers the content that it was recorded with,
-        None when nothing was recorded.
+    def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]) -> Looked:
+        """Record and share the file at `path`, whose inode was `ino`. Answers what was found.
 
         `written_digest` is asked once nobody can write any more: its digest as it was computed while it was written.
 
@@ -82,7 +115,7 @@ class Matcher:
         if st.st_ino != ino:
             raise FileNotFoundError
         if not stat.S_ISREG(st.st_mode) or st.st_dev != self._backing.device:
-            return None
+            return NOTHING
         with self._openfiles.watch(key) as watch:
             fd = self._backing.open_quietly(path)
             try:
@@ -95,15 +128,15 @@ class Matcher:
                 file = Settled(path, link, fd, Stamp.of(st), key, watch)
                 if is_in_another(self._backing, path):
                     self._count_foreign_reference(batch, file, st)
-                    return None
+                    return NOTHING
                 if self._record_reference(batch, file, st):
                     recorded = batch.file(ino)
-                    return None if recorded is None else recorded.content
+                    return Looked(None if recorded is None else recorded.content, 0)
                 if st.st_size - st.st_blocks * 512 > _MOST_HOLE_BYTES:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     batch.doubt_file(ino)
-                    return None
-                return self._match(batch, file, self._digest(batch, file, written_digest()))
+                    return NOTHING
+                return Looked(self._match(batch, file, self._digest(batch, file, written_digest())), st.st_size)
             finally:
                 os.close(fd)
 
@@ -153,26 +186,59 @@ class Matcher:
             raise Changed("written meanwhile")
         return digest
 
-    def _match(self, batch: Batch, file: Settled, digest: Digest) -> ContentKey:
+    def _match(self, batch: Batch, file: Settled, digest: Digest) -> ContentKey | None:
         """Put the file under a content, which is answered."""
         st = os.fstat(file.fd)
         shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)
-        for content in self._known_contents(batch, digest):
-            others = partial(self._others, batch, content, file.key.ino)
-            if self._size_of(batch, content, others) == st.st_size:
-                if shareable and self._try_sharing(batch, file, content, others):
-                    return content
-                if self._equals_known(batch, file, content, others):
-                    self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
-                    return content
+        for _, named in itertools.groupby(self._known_contents(batch, digest), lambda content: content.bytes_key):
+            copies = [each for each in named if self._size_of(batch, each, file.key.ino) == st.st_size]
+            for content, target in self._choices(batch, file, copies) if shareable else ():
+                if self._try_sharing(batch, file, content, target):
+                    return target
+            equal = self._equal_known(batch, file, copies)
+            if equal is not None:
+                self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, equal)
+                return equal
         taken = set(batch.numbers(digest))
         known = batch.file(file.key.ino)
         if known is not None and not any(self._others(batch, known.content, file.key.ino)):
             taken.discard(known.content.collision if known.content.digest == digest else -1)
-        free = (ContentKey(digest, number) for number in itertools.count() if number not in taken)
-        content = next(content for content in free if self._blobs.stat(content) is None)
-        self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, content)
-        return content
+        taken = {number % COLLISIONS for number in taken}
+        free = (ContentKey(digest, number) for number in range(COLLISIONS) if number not in taken)
+        fresh = next((content for content in free if self._blobs.stat(content) is None), None)
+        if fresh is None:
+            log.warning("%s has the digest of %d others, which are not its bytes", os.fsdecode(file.path), COLLISIONS)
+            batch.doubt_file(file.key.ino)
+            return None
+        self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, fresh)
+        return fresh
+
+    def _choices(self, batch: Batch, file: Settled, copies: list[ContentKey]) -> list[tuple[ContentKey, ContentKey]]:
+        """With whom the file may share: those who have the first content, all of them under the second one."""
+        if not self._rules.domains:
+            return [(content, content) for content in copies]
+        domain, root = self._rules.domain_of(file.path), self._backing.root_ino
+        ours = []
+        for content in copies:
+            domains = domains_of(batch, self._rules, content, root)
+            if domains == {domain}:
+                ours.append(content)
+            elif not domains and self._blobs.usable(content):
+                if self._index_is_complete():
+                    ours.append(content)  # it lost its last reference just now
+                else:
+                    # Whose it is, the walk will tell.
+                    self._postpone(file.key.ino, file.path)
+                    return []
+        if ours:
+            return [(content, content) for content in ours]
+        unshared = (each for each in copies[0].copies() if self._is_unshared(batch, each)) if copies else iter(())
+        target = next(unshared, None)
+        return [] if target is None else [(content, target) for content in copies]
+
+    def _is_unshared(self, batch: Batch, content: ContentKey) -> bool:
+        """Whether nobody shares this content, so that those of another domain may begin to."""
+        return self._blobs.stat(content) is None and not domains_of(batch, self._rules, content, self._backing.root_ino)
 
     @staticmethod
     def _others(batch: Batch, content: ContentKey, ino: Ino) -> Iterator[Ino]:
@@ -186,13 +252,15 @@ class Matcher:
             content = ContentKey(digest, number)
             if content not in known:
                 if not self._blobs.usable(content):
-                    return sorted(known)
+                    return sorted(known, key=lambda each: (each.bytes_key, each))
                 known.append(content)
         raise AssertionError("counting ended")
 
-    def _try_sharing(self, batch: Batch, file: Settled, content: ContentKey, others: Others) -> bool:
+    def _try_sharing(self, batch: Batch, file: Settled, content: ContentKey, target: ContentKey) -> bool:
         try:
-            return self._share(batch, file, content, others)
+            if content == target:
+                return self._share(batch, file, content)
+            return self._share_with_files(batch, file, content, target)
         except (FileNotFoundError, NotADirectoryError):
             raise Changed("one of the two was moved meanwhile") from None
         except OSError as error:
@@ -200,14 +268,14 @@ class Matcher:
                 log.warning("cannot share %s now: %s", os.fsdecode(file.path), error.strerror or error)
             return False
 
-    def _size_of(self, batch: Batch, content: ContentKey, others: Others) -> int | None:
-        for ino in others():
-            if (held := batch.file(ino)) is not None:
+    def _size_of(self, batch: Batch, content: ContentKey, ino: Ino) -> int | None:
+        for other in self._others(batch, content, ino):
+            if (held := batch.file(other)) is not None:
                 return held.stamp.size_bytes
         blob = self._blobs.stat(content)
         return None if blob is None else blob.st_size
 
-    def _share(self, batch: Batch, file: Settled, content: ContentKey, others: Others) -> bool:
+    def _share(self, batch: Batch, file: Settled, content: ContentKey) -> bool:
         """Whether the file shares its blocks now. False when nobody who has this content can be shared with."""
 
         try:
@@ -224,17 +292,27 @@ class Matcher:
         finally:
             if blob_fd is not None:
                 os.close(blob_fd)
-        for ino in others():
+        return self._share_with_files(batch, file, content, content)
+
+    def _share_with_files(self, batch: Batch, file: Settled, content: ContentKey, target: ContentKey) -> bool:
+        """Whether the file shares its blocks, as `target`, with one that has this content.
+
+        Where the two are not the same, others share this content already, with whom the file may not: only who has
+        bytes of his own will do.
+        """
+        for ino in self._others(batch, content, file.key.ino):
             held = batch.file(ino)
+            if held is not None and held.state is not FileState.PLAIN and content != target:
+                continue
             if held is not None and held.state is FileState.REFERENCE:
                 if self._refers(batch, ino, content):
                     return self._heal(batch, file, content)  # references without a blob wait for this copy
                 continue
             with self._open_other(batch, ino) as other:
-                if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other):
+                if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other, file):
                     continue
                 try:
-                    if self._strategy.share(other, file, content):
+                    if self._strategy.share(other, file, target):
                         return True
                 except InUse:
                     return self._wait_for_readers(file)
@@ -244,8 +322,10 @@ class Matcher:
                     self._offer(ino, other.path)
         return False
 
-    def _may_share(self, other: Settled) -> bool:
-        return self._rules.allow(other.path, other.stamp.size_bytes)
+    def _may_share(self, other: Settled, file: Settled) -> bool:
+        return self._rules.allow(other.path, other.stamp.size_bytes) and (
+            self._rules.domain_of(other.path) == self._rules.domain_of(file.path)
+        )
 
     def _wait_for_readers(self, file: Settled) -> bool:
         """An app reads the file: it is shared when that is over."""
@@ -275,8 +355,31 @@ class Matcher:
                 self._on_replaced(path)  # the kernel may have pages of the damaged one
         return True
 
-    def _equals_known(self, batch: Batch, file: Settled, content: ContentKey, others: Others) -> bool:
-        """Whether the file has this content, where it is not shared: compared with anyone who stands for it."""
+    def _equal_known(self, batch: Batch, file: Settled, copies: list[ContentKey]) -> ContentKey | None:
+        """Which of these the file has, where it is not shared: compared with anyone who stands for it."""
+        somebody = False
+        for content in copies:
+            equal = self._equals(batch, file, content)
+            somebody |= equal is not None
+            if equal:
+                return content
+        # Nobody can be compared with: all are being written to, say. Then nobody vouches for this content, and the file
+        # takes it over; they find it when they are settled again.
+        everybody = [(content, ino) for content in copies for ino in self._others(batch, content, file.key.ino)]
+        if somebody or not copies or any(self._refers(batch, ino, content) for content, ino in everybody):
+            return None
+        for _, ino in everybody:
+            held = batch.file(ino)
+            if held is not None and held.state is FileState.REFERENCE:
+                continue  # of a file that is not there; the walk drops it
+            paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._is_at(path, ino)]
+            batch.doubt_file(ino)
+            if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)):
+                self._offer(ino, paths[0] if paths else UNKNOWN_PATH)
+        return copies[0]
+
+    def _equals(self, batch: Batch, file: Settled, content: ContentKey) -> bool | None:
+        """Whether the file has this content. None when nobody can be compared with."""
         if self._blobs.usable(content):
             try:
                 fd = self._blobs.open(content, file.stamp.size_bytes)
@@ -287,24 +390,11 @@ class Matcher:
                     return same_bytes(fd, file.fd, file.watch.checkpoint)
                 finally:
                     os.close(fd)
-        for ino in others():
+        for ino in self._others(batch, content, file.key.ino):
             with self._open_other(batch, ino) as other:
                 if other is not None:
                     return same_bytes(other.fd, file.fd, file.watch.checkpoint)
-        # Nobody can be compared with: all are being written to, say. Then nobody vouches for this content, and the file
-        # takes it over; they find it when they are settled again.
-        everybody = list(others())
-        if any(self._refers(batch, ino, content) for ino in everybody):
-            return False
-        for ino in everybody:
-            held = batch.file(ino)
-            if held is not None and held.state is FileState.REFERENCE:
-                continue  # of a file that is not there; the walk drops it
-            paths = [path for path in batch.paths(ino, self._backing.root_ino) if self._is_at(path, ino)]
-            batch.doubt_file(ino)
-            if not self._openfiles.settle_when_closed(Key(self._backing.device, ino)):
-                self._offer(ino, paths[0] if paths else UNKNOWN_PATH)
-        return True
+        return None
 
     def _refers(self, batch: Batch, ino: Ino, content: ContentKey) -> bool:
         """Whether an inode that is recorded as a reference is one. After a power loss the index may know of more than

@@ -5,7 +5,7 @@ Paths are `bytes` relative to the source, without a leading slash; the source it
 
 import enum
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NewType
 
@@ -30,11 +30,29 @@ def is_hidden(path: bytes) -> bool:
     return path == STORE_DIRECTORY or path.startswith(STORE_DIRECTORY + b"/")
 
 
+COLLISIONS = 256
+COPIES = 256
+
+
 class ContentKey(NamedTuple):
-    """What one content is called: its digest, and a number that tells apart contents of equal digest."""
+    """What one content is called: its digest, and a number.
+
+    The number's lower byte tells apart contents of equal digest. The upper one tells apart copies of one content, of
+    which there are several where some of its files may not share with others (see `rules`): each copy has its own
+    files and its own blob. Numbers of equal lower byte are given only to bytes that were compared.
+    """
 
     digest: Digest
     collision: int = 0
+
+    @property
+    def bytes_key(self) -> "ContentKey":
+        """The same for all copies of these bytes."""
+        return ContentKey(self.digest, self.collision % COLLISIONS)
+
+    def copies(self) -> Iterator["ContentKey"]:
+        """Everything that a copy of these bytes can be called, the first one first."""
+        return (ContentKey(self.digest, self.bytes_key.collision + COLLISIONS * copy) for copy in range(COPIES))
 
     @property
     def name(self) -> str:

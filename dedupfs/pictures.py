@@ -177,8 +177,8 @@ class Pictures:
                 continue
             members = [each for each in sorted(neighbours[content], key=_nearest_first) if each.content in candidates]
             members = [each for each in members if each.content not in placed]
-            if not members:
-                continue
+            if all(each.relation is Relation.IDENTICAL for each in members):
+                continue  # copies of the same bytes in domains that do not share, or none
             placed.update([content, *(each.content for each in members)])
             found.append(self._group(content, members))
             progress(len(found))

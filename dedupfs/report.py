@@ -15,12 +15,14 @@ from .backing import Backing
 from .index import Index
 from .model import SMALLEST_SHARED_BYTES, ContentKey, Damage, FileState, Ino, Progress
 from .reconcile import Census, walk
+from .rules import SharingRules
 
 ROOT_FOLDER = b"."  # files that are in no folder
 
 _LARGEST = 50
 _SHOWN_PATHS = 20
 _SHOWN_UNKNOWN = 200
+_SHOWN_ACROSS = 50
 
 
 @dataclass(slots=True)
@@ -47,20 +49,22 @@ class _Group:
 class Report:
     """Gathers; `as_json` is what it found."""
 
-    def __init__(self, backing: Backing, index: Index) -> None:
-        self._backing, self._index = backing, index
+    def __init__(self, backing: Backing, index: Index, rules: SharingRules) -> None:
+        self._backing, self._index, self._rules = backing, index, rules
         self._folders: dict[bytes, Folder] = defaultdict(Folder)
         self._pairs: dict[tuple[bytes, bytes], int] = defaultdict(int)
         self._largest: list[_Group] = []
         self._unknown: list[bytes] = []
-        self._count = {"groups": 0, "duplicate_files": 0, "duplicate_bytes": 0, "unknown": 0, "unreadable": 0}
+        self._across: list[list[bytes]] = []
+        names = ("groups", "duplicate_files", "duplicate_bytes", "unknown", "unreadable", "shared_across_domains")
+        self._count = dict.fromkeys(names, 0)
 
     def gather(self, progress: Progress) -> None:
         """Raises StoreError when the index cannot be read, and what `progress` raises."""
         self._walk(progress)
         position = b""
         while True:
-            found, position = self._index.all_groups(position, 200)
+            found, position = self._index.all_duplicates(position, 200)
             for content, inodes in found:
                 self._take(content, inodes)
             progress("comparing", self._count["groups"], None)
@@ -94,10 +98,12 @@ class Report:
         if record is None or record.stamp.size_bytes < SMALLEST_SHARED_BYTES:
             return
         size_bytes = record.stamp.size_bytes
-        named = ((ino, self._index.paths(ino, self._backing.root_ino)) for ino in inodes)
+        named = [(ino, self._index.paths(ino, self._backing.root_ino)) for ino in inodes]
         paths = sorted(found[0] for _, found in named if found)
         if len(paths) < 2:
             return
+        if self._rules.domains:
+            self._look_across_domains(named)
         self._count["groups"] += 1
         self._count["duplicate_files"] += len(paths) - 1
         self._count["duplicate_bytes"] += size_bytes * (len(paths) - 1)
@@ -118,6 +124,19 @@ class Report:
         wasted = size_bytes * (len(paths) - 1)
         group = _Group(wasted, content.digest, size_bytes, len(paths), paths[:_SHOWN_PATHS])
         (heapq.heappush if len(self._largest) < _LARGEST else heapq.heappushpop)(self._largest, group)
+
+    def _look_across_domains(self, named: list[tuple[Ino, list[bytes]]]) -> None:
+        """Files of several domains that share all the same: since before, or since one was moved."""
+        sharers: dict[ContentKey, list[bytes]] = defaultdict(list)
+        for ino, paths in named:
+            record = self._index.file(ino)
+            if record is not None and record.state is not FileState.PLAIN:
+                sharers[record.content] += paths
+        for paths in sharers.values():
+            if len({self._rules.domain_of(path) for path in paths}) > 1:
+                self._count["shared_across_domains"] += 1
+                if len(self._across) < _SHOWN_ACROSS:
+                    self._across.append(sorted(paths)[:_SHOWN_PATHS])
 
     def as_json(self, damages: list[tuple[Damage, list[bytes]]]) -> dict[str, object]:
         return {
@@ -148,6 +167,7 @@ class Report:
                 for group in sorted(self._largest, reverse=True)
             ],
             "unknown_paths": [os.fsdecode(path) for path in self._unknown],
+            "across_domains": [[os.fsdecode(path) for path in paths] for paths in self._across],
             "damaged": [
                 {"problem": damage.problem, "paths": [os.fsdecode(path) for path in paths]} for damage, paths in damages
             ],

@@ -1,7 +1,7 @@
 """Which files may share their bytes with others. Pure; asked before a file is shared, never afterwards.
 
-A file that may not share is hashed and known like any other: it shows its digest, and is found as a duplicate. What was
-shared before a rule was made stays shared.
+A file that may not share, or not with some others, is hashed and known like any other: it shows its digest, and is
+found as a duplicate. What was shared before a rule was made stays shared.
 """
 
 import re
@@ -14,7 +14,10 @@ from .model import SMALLEST_SHARED_BYTES
 @dataclass(frozen=True)
 class SharingRules:
     """A file shares if it has at least so many bytes, a glob of `include` fits it (or there is none), and none of
-    `exclude`.
+    `exclude`. It shares with files of its own domain alone.
+
+    A domain is a directory that a glob of `domains` fits, the topmost one on a path that this glob fits; of several
+    globs, the one that leads deepest counts. Everything else is one domain, too.
 
     Globs are those of gitignore's kind, of whole paths relative to the source: `*` and `?` stop at a slash, `**` does
     not, `[…]` is one of some characters. A glob without a slash fits a name at any depth, and one that fits a directory
@@ -24,6 +27,7 @@ class SharingRules:
     min_size_bytes: int = SMALLEST_SHARED_BYTES
     include: tuple[bytes, ...] = field(default=())
     exclude: tuple[bytes, ...] = field(default=())
+    domains: tuple[bytes, ...] = field(default=())
 
     def allow(self, path: bytes, size_bytes: int) -> bool:
         if size_bytes < max(self.min_size_bytes, SMALLEST_SHARED_BYTES):
@@ -31,6 +35,20 @@ class SharingRules:
         if self.include and not any(glob.match(path) for glob in self._included):
             return False
         return not any(glob.match(path) for glob in self._excluded)
+
+    def domain_of(self, path: bytes) -> bytes:
+        """The directory that is this file's domain, b"" for what is in none."""
+        found = b""
+        for glob in self._domains:
+            end = path.find(b"/")
+            while end > 0 and not glob.match(path[:end]):
+                end = path.find(b"/", end + 1)
+            found = max(found, path[: max(end, 0)], key=len)
+        return found
+
+    @cached_property
+    def _domains(self) -> tuple[re.Pattern[bytes], ...]:
+        return tuple(_compiled(glob) for glob in self.domains)
 
     @cached_property
     def _included(self) -> tuple[re.Pattern[bytes], ...]:

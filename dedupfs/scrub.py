@@ -394,7 +394,9 @@ class Scrubber:
                     # Settling compares with the blob, which cannot be done. Nothing is lost: there is a good copy.
                     self._quarantine(content, look.ino, referring)
                 self._settle_again(content, self._alive)
-            if good and self._is_another_and_good(content, look.ino):
+            elif look.verdict is not _Verdict.UNREADABLE and len(self._index.copies(content)) > 1:
+                self._settle_again(content, self._alive)  # who has the same bytes may be allowed to heal these
+            if self._is_another_and_good(content, look.ino):
                 fate = "healed"
             elif look.verdict is _Verdict.UNREADABLE and good:
                 fate = "quarantined"

@@ -4,7 +4,8 @@ Files come from apps (written and closed: first) and from a scan. Queue and jour
 the queue in the index, and after an unclean one `reconcile` finds the same work by walking. The thread takes files one
 by one, lets `matching` settle each, and commits what was learned in one transaction a batch; whoever waits for an
 answer ends the batch. Nothing an app waits for otherwise happens here, and while apps are busy making files the thread
-holds back for a moment: requests want the interpreter too.
+holds back for a moment: requests want the interpreter too. In quiet hours, and where a rate is set after so much work,
+the queue rests: names are still written to the index, and files that somebody asks about are settled.
 
 A failure never reaches an app: the file stays as it is, where it is; it is logged, and looked at again when it is next
 written or scanned.
@@ -15,17 +16,17 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 
 from .backing import Backing
 from .digest import Checkpoint, proceed
 from .errors import DedupfsError, IndexDamaged, StoreError
 from .index import Batch, Index
 from .journal import Entry, Journal, Recording
-from .matching import Matcher
+from .matching import NOTHING, Looked, Matcher
 from .model import ContentKey, Digest, FileState, Ino, Learned
 from .openfiles import Gate, GivenUp, InUse, Key, OpenFiles
 from .sharing import Changed
@@ -39,12 +40,20 @@ _HELD_BACK_S = 2.0  # at most, and
 _HELD_BACK_FILES = 4096  # no more than these
 _POLL_S = 0.2  # for readers of a blob that nothing refers to any more
 _POSTPONED_S = 60.0
+_POSTPONED_BY_A_WALK_S = 3600.0  # while the walk has not ended: it offers them at its end
+_CREDIT_S = 1.0  # so much work is done in one piece before the rate makes it rest
+_CLOCK_S = 10.0  # until it is looked again at the clock: it may be set, or a quiet hour end
 _RETRY_S = 5.0  # after the index could not be written
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
 
 
 def _nobody(learned: list[Learned]) -> None:
     """Nobody wants to know."""
+
+
+def _always_loud() -> str:
+    """There are no quiet hours."""
+    return ""
 
 
 @dataclass(slots=True)
@@ -56,7 +65,19 @@ class _Pending:
 class Settler:
     """Queue, journal and thread. Apps call `enqueue`, `note` and `moved`; whoever asks calls the waiting methods."""
 
-    def __init__(self, backing: Backing, index: Index, openfiles: OpenFiles, gate: Gate) -> None:
+    def __init__(
+        self,
+        backing: Backing,
+        index: Index,
+        openfiles: OpenFiles,
+        gate: Gate,
+        *,
+        quiet_until: Callable[[], str] = _always_loud,
+        rate_bytes_s: float = 0,
+    ) -> None:
+        """`quiet_until`: when quiet hours end, "" outside of them. `rate_bytes_s`: how much is settled a second on the
+        average, by the sizes of files; 0 sets no bound."""
+        self.quiet_until, self._rate_bytes_s = quiet_until, rate_bytes_s
         self._backing, self._index, self._openfiles = backing, index, openfiles
         self._device, self._root = backing.device, backing.root_ino
         self._gate = gate
@@ -73,8 +94,11 @@ class Settler:
         self._moved_directories: list[bytes] | None = None
         self._changed_at = 0.0  # when an app last changed something
         self._applied = 0  # journal entries that are in the index
-        self._waiting = 0  # for anything, and
-        self._asking = 0  # those of them who wait for one file: a batch ends for them, which is a flush
+        self._waiting = 0
+        self._asked: Counter[Ino] = Counter()  # files that somebody waits for: a batch ends for them, which is a flush
+        self._hurried = 0  # how many want everything done, whatever the hour and the rate
+        self._owed_until_s = 0.0  # when the rate allows for all that was done; and if that is
+        self._rest_until_s = 0.0  # some time ahead, when the next file may be taken
         self._stopping = False
         self._awake = False  # the thread knows that there is work
         self._thread: threading.Thread | None = None
@@ -190,12 +214,14 @@ class Settler:
         self._openfiles.wait_until_closed(key, min(timeout_s, 2.0))
         queues = (self._fresh, self._backlog, self._working, self._settled)
         with self._condition:
-            self._asking += 1
+            self._asked[key.ino] += 1
         try:
             return self._wait(lambda: not any(key.ino in queue for queue in queues), deadline - time.monotonic())
         finally:
             with self._condition:
-                self._asking -= 1
+                self._asked[key.ino] -= 1
+                if not self._asked[key.ino]:
+                    del self._asked[key.ino]
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing at all is pending."""
@@ -215,10 +241,32 @@ class Settler:
             finally:
                 self._waiting -= 1
 
-    def is_busy(self) -> bool:
-        """Whether files wait to be settled, or apps are changing something just now."""
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Inside, neither the hour nor the rate holds anything back."""
         with self._condition:
-            waiting = self._fresh or self._backlog or self._working
+            self._hurried += 1
+            self._condition.notify_all()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._hurried -= 1
+
+    def wait_until_loud(self) -> None:
+        """Return when quiet hours are over, somebody is in a hurry, or the end has come."""
+        with self._condition:
+            while not (self._stopping or self._hurried) and self.quiet_until():
+                self._condition.wait(_CLOCK_S)
+
+    def _rests(self) -> bool:
+        """Whether files are to wait. The condition is held."""
+        return not self._hurried and (time.monotonic() < self._rest_until_s or self.quiet_until() != "")
+
+    def is_busy(self) -> bool:
+        """Whether files are being settled, or apps are changing something just now."""
+        with self._condition:
+            waiting = (self._fresh or self._backlog or self._working) and not self._rests()
             return bool(waiting) or time.monotonic() - self._changed_at < _CALM_S
 
     @contextmanager
@@ -305,15 +353,12 @@ class Settler:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._awake = False
-                self._condition.wait_for(
-                    lambda: self._fresh or self._backlog or len(self._journal) or self._stopping, self._nap_s()
-                )
+                self._condition.wait_for(self._finds_work, self._nap_s())
                 self._awake = True
                 self._hold_back()
                 if self._stopping:
                     return
-            if self._postponed and time.monotonic() - self._tried_at > _POSTPONED_S:
+            if self._postponed and time.monotonic() - self._tried_at > self._patience_s():
                 self.offer_postponed()
             try:
                 self.busy_since_s = time.monotonic()
@@ -327,10 +372,15 @@ class Settler:
                 log.exception("settling failed; trying again")
                 self._lose_batch()
 
+    def _finds_work(self) -> bool:
+        """The condition is held."""
+        self._awake = self._next() is not None or len(self._journal) > 0 or self._stopping
+        return self._awake
+
     def _hold_back(self) -> None:
         """Return when apps have stopped making changes, or when it cannot be put off any longer."""
         until = time.monotonic() + _HELD_BACK_S
-        while not (self._stopping or self._waiting or len(self._fresh) > _HELD_BACK_FILES):
+        while not (self._stopping or self._waiting or (len(self._fresh) > _HELD_BACK_FILES and not self._rests())):
             left_s = min(self._changed_at + _CALM_S, until) - time.monotonic()
             if left_s <= 0:
                 return
@@ -339,7 +389,12 @@ class Settler:
     def _nap_s(self) -> float | None:
         if self._unreferenced and self.index_is_complete:
             return _POLL_S
-        return _POSTPONED_S if self._postponed else None
+        if self._fresh or self._backlog:  # and they rest
+            return min(max(self._rest_until_s - time.monotonic(), _POLL_S), _CLOCK_S)
+        return self._patience_s() if self._postponed else None
+
+    def _patience_s(self) -> float:
+        return _POSTPONED_S if self.index_is_complete else _POSTPONED_BY_A_WALK_S
 
     def _lose_batch(self) -> None:
         with self._condition:
@@ -353,11 +408,12 @@ class Settler:
 
     def work_off(self, progress: Callable[[int, int], None]) -> None:
         """Settle everything pending in the calling thread, for commands without a mount. Raises StoreError."""
-        while True:
-            self._work()
-            progress(self.settled, self.pending())
-            if not self.pending() and not len(self._journal):
-                return
+        with self.hurried():
+            while True:
+                self._work()
+                progress(self.settled, self.pending())
+                if not self.pending() and not len(self._journal):
+                    return
 
     def _work(self) -> None:
         """One batch: names and files in the order they came, then one transaction, then blobs nobody needs."""
@@ -370,13 +426,14 @@ class Settler:
                 count += 1
                 ino, item = taken
                 before = batch.file(ino)
-                content = self._settle(batch, ino, item)
-                if content is not None and (before is None or before.content != content):
-                    if any(other != ino for other in islice(batch.iter_holders(content), 2)):
-                        learned.append(Learned(item.path, content))
+                looked = self._settle(batch, ino, item)
+                if looked.content is not None and (before is None or before.content != looked.content):
+                    if any(other != ino for other in itertools.islice(batch.iter_holders(looked.content), 2)):
+                        learned.append(Learned(item.path, looked.content))
                 with self._condition:
+                    self._spend(looked.size_bytes)
                     self._settled[ino] = self._working.pop(ino, item)
-                    if self._stopping or self._asking or time.monotonic() > deadline:
+                    if self._stopping or self._asked or time.monotonic() > deadline:
                         break
             self._apply_journal(batch)  # what sharing noted belongs into the same transaction
             applied = self._journal.appended - len(self._journal)
@@ -395,14 +452,31 @@ class Settler:
         while True:
             with self._condition:
                 if not len(self._journal):
-                    queue = self._fresh or self._backlog
-                    if not queue:
+                    ino = self._next()
+                    if ino is None:
                         return None
-                    ino = next(iter(queue))
+                    queue = self._fresh if ino in self._fresh else self._backlog
                     item = self._working[ino] = queue.pop(ino)
                     self._condition.notify_all()
                     return ino, item
             self._apply_journal(batch)
+
+    def _next(self) -> Ino | None:
+        """Which file is to be settled now: one that somebody asks about, else the first unless they rest. The condition
+        is held."""
+        for ino in self._asked:
+            if ino in self._fresh or ino in self._backlog:
+                return ino
+        queue = self._fresh or self._backlog
+        return None if not queue or self._rests() else next(iter(queue))
+
+    def _spend(self, size_bytes: int) -> None:
+        """So much was settled. The condition is held."""
+        if self._rate_bytes_s and not self._hurried:
+            now_s = time.monotonic()
+            self._owed_until_s = max(self._owed_until_s, now_s) + size_bytes / self._rate_bytes_s
+            if self._owed_until_s > now_s + _CREDIT_S:
+                self._rest_until_s = self._owed_until_s
 
     def _apply_journal(self, batch: Batch) -> None:
         with self._condition:
@@ -411,8 +485,7 @@ class Settler:
             self._recording.apply(batch, entry)
         self._recording.catch_up(batch)
 
-    def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> ContentKey | None:
-        """Answers the content that the file was recorded with, None when it was not, for whatever reason."""
+    def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> Looked:
 
         def written_digest() -> Digest | None:
             """The digest of what was written, unless the file was written and closed again since it was taken."""
@@ -440,9 +513,9 @@ class Settler:
                 # A bug that one file meets must not leave all others unsettled. What was shared is noted already.
                 log.exception("%s cannot be settled", os.fsdecode(item.path))
                 self.failures += 1
-            return None
+            return NOTHING
         self._again(ino, item)
-        return None
+        return NOTHING
 
     def _find_again(self, batch: Batch, ino: Ino, item: _Pending) -> bool:
         """A file is not where it was closed: whether it is somewhere else, which is then in `item`."""

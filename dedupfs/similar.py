@@ -67,7 +67,13 @@ class Similar:
                 found += [Found(other, likeness)] if likeness is not None else []
         self._fresh[content] = (record, thumbnails)
         self.gallery.add([(content, _hashes(record))])
-        return [Alike(other, likeness.relation, likeness.distance) for other, likeness in found if other != content]
+        return [
+            Alike(other, Relation.IDENTICAL, 0)
+            if other.bytes_key == content.bytes_key
+            else Alike(other, likeness.relation, likeness.distance)
+            for other, likeness in found
+            if other != content
+        ]
 
     def written(self) -> None:
         """Those introduced are in the index."""

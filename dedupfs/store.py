@@ -119,9 +119,10 @@ class Store:
                 raise UnknownFormat(
                     f"{shown} says format {version}, this dedupfs knows {FORMAT_VERSION}; use a newer one"
                 )
-            identity, references = str(uuid.UUID(str(known.get("uuid")))), known.get("references")
-            if references not in ("trusted", "user"):
-                raise ValueError("references")
+            references = known.get("references")
+            if not isinstance(known.get("uuid"), str) or references not in ("trusted", "user"):
+                raise ValueError("uuid or references")
+            identity = str(known["uuid"])
         except ValueError:
             raise StoreError(f"{shown} is damaged; restore that file from a backup of the store") from None
         if references != self._namespace:
@@ -143,7 +144,7 @@ class Store:
             with suppress(FileNotFoundError):
                 self._backing.unlink(_RULES)
             return
-        globs = {"include": rules.include, "exclude": rules.exclude}
+        globs = {"include": rules.include, "exclude": rules.exclude, "domain": rules.domains}
         record: dict[str, object] = {name: [os.fsdecode(glob) for glob in found] for name, found in globs.items()}
         record["min_size_bytes"] = rules.min_size_bytes
         _write(self._backing, _RULES, json.dumps(record).encode())
@@ -155,10 +156,11 @@ class Store:
             return EVERYTHING
         try:
             record = json_object(raw)
-            include, exclude = (tuple(os.fsencode(glob) for glob in record[name]) for name in ("include", "exclude"))
+            record.setdefault("domain", [])  # before there were any
+            globs = (tuple(os.fsencode(glob) for glob in record[name]) for name in ("include", "exclude", "domain"))
             if type(record["min_size_bytes"]) is not int:
                 raise TypeError(record["min_size_bytes"])
-            return SharingRules(record["min_size_bytes"], include, exclude)
+            return SharingRules(record["min_size_bytes"], *globs)
         except (ValueError, KeyError, TypeError):
             shown = os.fsdecode(self._backing.source + b"/" + _RULES)
             raise StoreError(f"{shown} is damaged: which files must not share is not known; mount once") from None

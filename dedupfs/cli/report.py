@@ -84,6 +84,11 @@ def _show(answer: dict[str, Any], saved: str) -> None:
             ("not known", f"{answer['unknown'] + answer['unreadable']:,}"),
         ]
     )
+    if across := answer["shared_across_domains"]:
+        verb = "content is" if across == 1 else "contents are"
+        print(
+            f"{across:,} {verb} shared across domains, since before they were or since files were moved (--json names)"
+        )
     for folder in sorted(answer["folders"], key=lambda folder: -int(folder["bytes"])):
         name, duplicate = printable(folder["name"]), size_text(folder["duplicate_bytes"])
         print(f"{name}: {folder['files']:,} files, {size_text(folder['bytes'])}; duplicate {duplicate}")

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(answer)
         return 0
-    logical = answer["logical_bytes"]
+    logical, until = answer["logical_bytes"], answer["quiet_until"]
     share = f" ({100 * answer['saved_bytes'] / logical:.0f} %)" if logical else ""
     print_facts(
         [
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             ("references", f"{answer['references']:,}"),
             ("blobs", f"{answer['blobs']:,}"),
             ("pending", f"{answer['pending']:,}" + (", and a scan is running" if answer["scanning"] else "")),
+            *([("quiet hours", f"what is pending waits until {until}; dedupfs settle does it now")] if until else []),
             ("pictures", _pictures(answer)),
             ("sharing by", str(answer["share"])),
             ("passthrough", "yes" if answer["passthrough"] else f"no: {answer['passthrough_reason']}"),

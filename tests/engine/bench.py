@@ -168,11 +168,16 @@ class Bench:
         hasher: DescriptorHasher = hash_descriptor,
         share: Share | None = None,
         read_only: bool = False,
+        settle_rate_mb_s: float = 0,
+        quiet_until: Callable[[], str] | None = None,
     ) -> Engine:
+        """`quiet_until` takes the place of the clock on the wall."""
         assert self._engine is None, "the engine is open"
-        options = MountOptions(share=share or self.share, read_only=read_only)
+        options = MountOptions(share=share or self.share, read_only=read_only, settle_rate_mb_s=settle_rate_mb_s)
         engine = Engine(str(self.source), options, backing=backing, hasher=hasher)
         self._engine = engine
+        if quiet_until is not None:
+            engine.quiet_until = quiet_until  # type: ignore[method-assign]
         if start:
             engine.start()
         return engine

@@ -96,7 +96,7 @@ def test_offline_commands_keep_them(ruled: Bench) -> None:
 def test_they_can_be_taken_back(ruled: Bench) -> None:
     path: Path = ruled.source / ".dedupfs" / "sharing.json"
     assert ruled.engine.store.read_rules() == RULES
-    odd = SharingRules(include=(b"caf\xe9/", "é".encode()))
+    odd = SharingRules(include=(b"caf\xe9/", "é".encode()), domains=(b"\xff",))
     ruled.engine.store.keep_rules(odd)
     assert ruled.engine.store.read_rules() == odd
     ruled.engine.store.keep_rules(EVERYTHING)

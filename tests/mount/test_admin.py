@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import Mounts
 from tests.support.mounted import REPOSITORY, Mounted
+from tests.support.tools import tool
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="blobs are root's")
 references = pytest.mark.parametrize("mounts", [("reference", "ext4")], indirect=True, ids="-".join)
@@ -79,6 +80,67 @@ def test_a_configuration_file(mounts: Mounts, tmp_path: Path) -> None:
     file.write_text("noatime = 1\n")
     refusal = mounted.run("mount", mounted.source, mounted.mountpoint, "-o", f"config={file}", exit_code=64).stderr
     assert refusal == f"dedupfs: {file}:1: noatime is true or false, not 1\n"
+
+
+def test_domains(mounts: Mounts, tmp_path: Path) -> None:
+    """With the tools that people use: cp asks for a copy of the whole, mv renames."""
+    file = tmp_path / "archive.toml"
+    file.write_text('domain = ["police", "health"]\n')
+    mounted = mounts.new(f"config={file}").start()
+    data = os.urandom(300_000)
+    for folder in ("police", "health"):
+        mounted.path(folder).mkdir()
+        for name in ("one", "two"):
+            mounted.path(folder, name).write_bytes(data)
+    mounted.settle()
+    shared = {"reference", "shared"}
+    paths = [b"health/one", b"health/two", b"police/one", b"police/two"]
+    assert {mounted.state(path) for path in paths} <= shared
+    assert mounted.status()["stored_bytes"] == 2 * len(data)
+    for folder in ("police", "health"):
+        tool("cp", mounted.path("police/one"), mounted.path(folder, "copy"))
+        assert mounted.path(folder, "copy").read_bytes() == data
+    mounted.settle()
+    paths += [b"health/copy", b"police/copy"]
+    assert mounted.duplicates("health/copy") == sorted(set(paths) - {b"health/copy"})
+    assert mounted.status()["stored_bytes"] == 2 * len(data)
+    report = mounted.run("report", mounted.mountpoint, "--json").json()
+    assert (report["shared_across_domains"], report["across_domains"]) == (0, [])
+    tool("mv", mounted.path("police/two"), mounted.path("health/moved"))
+    mounted.settle()
+    assert mounted.path("health/moved").read_bytes() == data
+    report = mounted.run("report", mounted.mountpoint, "--json").json()
+    assert report["across_domains"] == [["health/moved", "police/copy", "police/one"]]
+    assert "1 content is shared across domains" in mounted.run("report", mounted.mountpoint).stdout
+
+
+def test_quiet_hours(mounts: Mounts) -> None:
+    """By the real clock: quiet since an hour ago, and for two more."""
+    now = time.localtime()
+    minutes = 60 * now.tm_hour + now.tm_min
+    begin, end = ((minutes + offset) % 1440 for offset in (-60, 120))
+    until = f"{end // 60:02}:{end % 60:02}"
+    mounted = mounts.new(f"quiet={begin // 60:02}:{begin % 60:02}-{until}", "workers=1").start()
+    data = os.urandom(50_000)
+    for name in ("one", "two", "three"):
+        mounted.path(name).write_bytes(data)
+    assert mounted.state("three") == "plain"
+    status = mounted.status()
+    assert (status["pending"], status["quiet_until"]) == (2, until)
+    said = mounted.run("status", mounted.mountpoint).stdout
+    assert f"what is pending waits until {until}; dedupfs settle does it now" in said
+    mounted.kill()
+    mounted.start()
+    assert [mounted.path(name).read_bytes() for name in ("one", "two", "three")] == [data] * 3
+    assert mounted.status()["scanning"]
+    mounted.settle()
+    shared = mounted.state("one")
+    assert shared in ("reference", "shared")
+    assert [mounted.state(name) for name in ("two", "three")] == [shared] * 2
+    mounted.path("four").write_bytes(data)
+    mounted.unmount()
+    mounted.start()
+    assert mounted.status()["pending"] == 1
 
 
 def test_health_and_metrics_of_a_mount(mounts: Mounts, tmp_path: Path) -> None:

@@ -415,9 +415,64 @@ MUTATIONS = [
     ),
     Mutation(
         "a known file with two names becomes a blob", "matching",
-        "if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other):",
-        "if other is None or not self._may_share(other):",
+        "if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other, file):",
+        "if other is None or not self._may_share(other, file):",
         4, (_ENGINE + "test_sharing.py",),
+    ),
+    Mutation(
+        "files of two domains share", "matching",
+        "self._rules.domain_of(other.path) == self._rules.domain_of(file.path)",
+        "True",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a file joins a copy that another domain shares, too", "matching",
+        "if domains == {domain}:",
+        "if domain in domains:",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a blob is joined before it is known whose it is", "matching",
+        "if self._index_is_complete():",
+        "if True:",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a domain begins a copy with one that shares with others", "matching",
+        "if held is not None and held.state is not FileState.PLAIN and content != target:",
+        "if False:",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a domain takes a number that others share", "matching",
+        "return self._blobs.stat(content) is None and not domains_of("
+        "batch, self._rules, content, self._backing.root_ino)",
+        "return self._blobs.stat(content) is None",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "other bytes get the number of a copy", "matching",
+        "taken = {number % COLLISIONS for number in taken}",
+        "taken = set(taken)",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a copy inside the mount goes from one domain to another", "fileio",
+        "if self._rules.domains and not self._is_of_one_domain(source, target):\n            return 0",
+        "if False:\n            return 0",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a copy shares extents with another domain", "fileio",
+        "if self._rules.domains and not self._is_of_one_domain(source, target):\n            # Filesystems",
+        "if False:\n            # Filesystems",
+        2, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a copy joins what several domains share", "fileio",
+        "if inode.reference.materialising or not self._may_join(source, inode.reference.content):",
+        "if inode.reference.materialising:",
+        2, (_ENGINE + "test_domains.py",),
     ),
     Mutation(
         "a file with two names becomes a reference", "matching",

@@ -39,6 +39,7 @@ STATUS = {
     "blobs": 1,
     "pending": 0,
     "scanning": False,
+    "quiet_until": "",
     "share": "reference",
     "passthrough": False,
     "passthrough_reason": "too old",

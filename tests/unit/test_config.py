@@ -181,6 +181,10 @@ include = ["permits/"]
 exclude = ["*.tmp", "a,b"]
 prefer = ["originals/", "scans/2026"]
 name_pattern = '(\\d{4,6})'
+domain = ["police/", "agencies/*"]
+quiet = ["08:00-12:00", "13:00-18:00"]
+settle_rate = 20
+workers = 3
 scrub_rate = 2.5
 metrics = 9100
 allow_other = true
@@ -194,8 +198,11 @@ def test_every_key(tmp_path: Path) -> None:
     assert (options.share, options.passthrough.value, options.read_only) == (Share.REFERENCE, "off", True)
     assert options.rules is not None
     assert (options.rules.min_size_bytes, options.rules.exclude) == (65536, (b"*.tmp", b"a,b"))
+    assert options.rules.domains == (b"police/", b"agencies/*")
     assert (options.scrub_rate_mb_s, options.metrics) == (2.5, "9100")
     assert (options.prefer, options.name_pattern) == ((b"originals", b"scans/2026"), r"(\d{4,6})")
+    assert (options.settle_rate_mb_s, options.workers) == (20, 3)
+    assert [options.quiet.until(hour, 30) for hour in (7, 8, 12, 13)] == ["", "12:00", "", "18:00"]
     assert sorted(options.fuse_words) == [
         *("allow_other", "default_permissions", "dirsync", "noatime", "noexec", "ro", "sync"),
     ]
@@ -217,6 +224,13 @@ def test_options_win(tmp_path: Path) -> None:
         "noatime": (True, "-o"),
         "allow_other": (True, "root"),
     }
+
+
+def test_quiet_hours_of_several_words() -> None:
+    options = parse_options("quiet=08:00-12:00,quiet=13:00-18:00", privileged=True)
+    assert options.quiet.until(12, 0) == ""
+    with pytest.raises(UsageError, match="no time of the day is left"):
+        parse_options("quiet=00:00-12:00,quiet=12:00-24:00", privileged=True)
 
 
 def test_a_file_named_in_the_options(tmp_path: Path) -> None:
@@ -242,6 +256,14 @@ def test_a_file_named_in_the_options(tmp_path: Path) -> None:
         ("min_size = '1T'", 1, "K, M or G"),
         ("min_size = true", 1, "no number of bytes"),
         ("scrub_rate = -1", 1, "0 sets no bound"),
+        ("settle_rate = 'fast'", 1, "settle_rate=fast is no number"),
+        ("workers = 1.5", 1, "workers is a number"),
+        ("workers = -1", 1, "from 1 to 64"),
+        ("workers = 65", 1, "from 1 to 64"),
+        ("workers = true", 1, "workers is a number"),
+        ("quiet = '08:00-18:00'", 1, "quiet is a list of strings"),
+        ("quiet = [8]", 1, "8 is no time of the day"),
+        ("ro = true\nquiet = ['00:00-24:00']", 2, "no time of the day is left"),
         ("scrub_rate = nan", 1, "million bytes"),
         ("scrub_rate = []", 1, "a number"),
         ("exclude = 'x'", 1, "a list of strings"),

@@ -19,6 +19,7 @@ LAYERS = [
     # pure
     "rules",
     "claims",
+    "quiet",
     "config",
     "digest",
     "codec",

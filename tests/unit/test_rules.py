@@ -53,6 +53,31 @@ def test_sizes() -> None:
     assert SharingRules(min_size_bytes=1).allow(b"a", 4096)
 
 
+@pytest.mark.parametrize(
+    ("globs", "domains"),
+    [
+        ([], {b"a/b": b"", b"a": b""}),
+        ([b"police/"], {b"police/a": b"police", b"x/police/y/a": b"x/police", b"police": b"", b"policemen/a": b""}),
+        ([b"/police"], {b"police/a/b": b"police", b"x/police/a": b""}),
+        ([b"*"], {b"a/b/c": b"a", b"b": b"", b"\xff\n/x": b"\xff\n"}),
+        ([b"agencies/*"], {b"agencies/a/b": b"agencies/a", b"agencies/a/b/c": b"agencies/a", b"agencies/x": b""}),
+        ([b"agencies/*", b"agencies/a/secret", b"a"], {b"agencies/a/secret/x": b"agencies/a/secret"}),
+        ([b"**"], {b"a/b/c": b"a"}),
+    ],
+)
+def test_domains(globs: list[bytes], domains: dict[bytes, bytes]) -> None:
+    for order in (globs, globs[::-1]):
+        rules = SharingRules(domains=tuple(order))
+        assert {path: rules.domain_of(path) for path in domains} == domains
+
+
+@given(st.lists(st.text(max_size=10), max_size=3), st.binary(max_size=30))
+def test_a_domain_is_a_directory_on_the_way(globs: list[str], path: bytes) -> None:
+    usable = tuple(glob.encode(errors="surrogateescape") for glob in globs if is_glob(glob))
+    found = SharingRules(domains=usable).domain_of(path)
+    assert found == b"" or path.startswith(found + b"/")
+
+
 @given(st.binary(min_size=1, max_size=40))
 def test_nothing_is_nothing(path: bytes) -> None:
     assert not NOTHING.allow(path, 1 << 30)
