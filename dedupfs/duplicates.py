@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .asking import AsCaller
 from .backing import Backing
 from .index import Index
-from .model import Caller, ContentKey, FileRecord, Ino, Stamp
+from .model import Caller, ContentKey, FileRecord, Ino, Learned, Stamp
 from .openfiles import Key
 from .settle import Settler
 
@@ -52,8 +52,8 @@ class Answers:
         if name == b"state":
             return record.state.word.encode()
         if name == b"refs":
-            return b"%d" % sum(self._index.count_holders(copy) for copy in self._index.copies(record.content))
-        others = sorted(found for found in self._everywhere(record.content) if found != path)
+            return b"%d" % self.count(record.content)
+        others = sorted(found for found in self.everywhere(record.content) if found != path)
         answer = bytearray()
         for found in self._as_caller.readable(others, caller):
             if len(answer) + len(found) + 1 > LONGEST_ANSWER_BYTES:
@@ -93,8 +93,9 @@ class Answers:
         """The same, one after the other: for who needs the first few of perhaps a hundred thousand."""
         return self._paths(self._index.iter_holders(content))
 
-    def _everywhere(self, content: ContentKey) -> list[bytes]:
-        return [path for copy in self._index.copies(content) for path in self.iter_paths(copy)]
+    def everywhere(self, content: ContentKey) -> Iterator[bytes]:
+        """Every path with these bytes, one after the other."""
+        return (path for copy in self._index.copies(content) for path in self.iter_paths(copy))
 
     def _paths(self, inodes: Iterable[Ino]) -> Iterator[bytes]:
         for ino in inodes:
@@ -107,30 +108,27 @@ class Answers:
                 if st.st_ino == ino and record is not None and Stamp.of(st) == record.stamp:
                     yield path
 
-    def has(self, path: bytes, content: ContentKey) -> bool:
-        """Whether the file at this path is known to have this content, and is as it was then."""
-        try:
-            st = self._backing.lstat(path)
-        except OSError:
-            return False
-        record = self._index.file(Ino(st.st_ino)) if st.st_dev == self._backing.device else None
-        return record is not None and record.content == content and record.stamp == Stamp.of(st)
-
-    def newest(self, paths: list[bytes]) -> bytes:
-        """Of these paths, the one whose file was changed in any way last; b"" where there is none."""
-        found = []
-        for path in paths:
-            with suppress(OSError):
-                found.append((self._backing.lstat(path).st_ctime_ns, path))
-        return max(found)[1] if found else b""
+    def path_of(self, learned: Learned, timeout_s: float) -> bytes | None:
+        """Where a file that was settled is now; None when it is gone, or has another content since."""
+        paths = [learned.path]
+        for attempt in range(2):
+            for path in paths:
+                with suppress(OSError):
+                    st = self._backing.lstat(path)
+                    record = self._index.file(learned.ino)
+                    if st.st_ino == learned.ino and record is not None and record.content == learned.content:
+                        return path
+            if not attempt and self._settler.wait_noted(timeout_s):
+                paths = self._index.paths(learned.ino, self._backing.root_ino)
+        return None
 
     def count(self, content: ContentKey) -> int:
         """How many files (inodes) are known to have this content."""
-        return self._index.count_holders(content)
+        return sum(self._index.count_holders(copy) for copy in self._index.copies(content))
 
     def group(self, path: bytes) -> Group:
         _, record = self.settled(path)
-        return Group(record.content, record.stamp.size_bytes, sorted(self._everywhere(record.content)))
+        return Group(record.content, record.stamp.size_bytes, sorted(self.everywhere(record.content)))
 
     def groups(self) -> Iterator[Group]:
         """Every content that more than one path has, in short transactions."""

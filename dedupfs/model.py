@@ -99,6 +99,7 @@ class FileRecord(NamedTuple):
 class Learned(NamedTuple):
     """That a file was settled, with a content that other files have, and that was not known of it before."""
 
+    ino: Ino  # what is at the path since
     path: bytes  # when it was settled
     content: ContentKey
 

@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -140,22 +140,19 @@ class Settler:
             self._awake = True
             self._condition.notify_all()
 
-    def moved(self, old: bytes, new: bytes) -> None:
-        """A path changed: keep those of pending files true. The caller is inside the gate."""
-        self._move({old: new})
-
-    def exchanged(self, one: bytes, other: bytes) -> None:
-        """Like `moved`, for two that changed places."""
-        self._move({one: other, other: one})
-
-    def _move(self, moves: dict[bytes, bytes]) -> None:
+    def moved(self, moves: dict[bytes, bytes], inodes: Collection[Ino] | None) -> None:
+        """Paths changed, from the key to the value and all at once: keep those of pending files true. `inodes`: of what
+        was moved; None where a directory is among it, with whatever is in that. The caller is inside the gate."""
         with self._condition:
-            for queue in (self._fresh, self._backlog, self._working):
-                for item in queue.values():
-                    for old, new in moves.items():
-                        if item.path == old or item.path.startswith(old + b"/"):
-                            item.path = new + item.path[len(old) :]
-                            break
+            # What is in hand may have another inode by now; the queues may be long.
+            found = [*self._working.values(), *self._settled.values()]
+            for queue in (self._fresh, self._backlog):
+                found += queue.values() if inodes is None else filter(None, map(queue.get, inodes))
+            for item in found:
+                for old, new in moves.items():
+                    if item.path == old or item.path.startswith(old + b"/"):
+                        item.path = new + item.path[len(old) :]
+                        break
 
     def directory_moved(self, path: bytes) -> None:
         """A directory is at this path now: a scan that goes on may have missed what is in it."""
@@ -222,6 +219,10 @@ class Settler:
                 self._asked[key.ino] -= 1
                 if not self._asked[key.ino]:
                     del self._asked[key.ino]
+
+    def wait_noted(self, timeout_s: float) -> bool:
+        """Wait until every name as of now is in the index. False when that took too long."""
+        return self._wait(lambda: True, timeout_s)
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing at all is pending."""
@@ -421,15 +422,17 @@ class Settler:
             batch = self._index.batch()
             deadline = time.monotonic() + _BATCH_S
             count = 0
-            learned: list[Learned] = []
+            learned: list[tuple[_Pending, ContentKey]] = []
             while count < _BATCH_FILES and (taken := self._take(batch)) is not None:
                 count += 1
                 ino, item = taken
                 before = batch.file(ino)
                 looked = self._settle(batch, ino, item)
                 if looked.content is not None and (before is None or before.content != looked.content):
-                    if any(other != ino for other in itertools.islice(batch.iter_holders(looked.content), 2)):
-                        learned.append(Learned(item.path, looked.content))
+                    holders = itertools.islice(batch.iter_holders(looked.content), 2)
+                    # A number of another domain's is given only to what has been found there.
+                    if looked.content != looked.content.bytes_key or any(other != ino for other in holders):
+                        learned.append((item, looked.content))
                 with self._condition:
                     self._spend(looked.size_bytes)
                     self._settled[ino] = self._working.pop(ino, item)
@@ -439,12 +442,18 @@ class Settler:
             applied = self._journal.appended - len(self._journal)
             self._commit(batch)
             self._remove_unreferenced()
-        self.on_settled(learned)
+        self.on_settled(list(self._locate(learned)))
         with self._condition:
             self._settled.clear()
             self._applied = applied
             self.settled += count
             self._condition.notify_all()
+
+    def _locate(self, learned: list[tuple[_Pending, ContentKey]]) -> Iterator[Learned]:
+        """With the inode that is there now: one that came to share its content has another than it had."""
+        for item, content in learned:
+            with suppress(OSError):
+                yield Learned(Ino(self._backing.lstat(item.path).st_ino), item.path, content)
 
     def _take(self, batch: Batch) -> tuple[Ino, _Pending] | None:
         """The next file, with every name noted before it was queued applied: its inode number may have been another's,

@@ -58,6 +58,11 @@ def _errno(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
+def _files(*found: os.stat_result) -> list[Ino] | None:
+    """Their inodes; None when there is a directory among them."""
+    return None if any(stat.S_ISDIR(st.st_mode) for st in found) else [Ino(st.st_ino) for st in found]
+
+
 class Vfs:
     """Path operations on the mount. Any number of threads; raises OSError and DedupfsError."""
 
@@ -331,14 +336,14 @@ class Vfs:
                 return st, None  # two names of one inode: rename(2) leaves both
             if flags & RENAME_EXCHANGE and replaced is not None:
                 self._note_moved(replaced, new_link, old_link, path)
-                self._settler.exchanged(path, new)
+                self._settler.moved({path: new, new: path}, _files(st, replaced))
             else:
                 if replaced is not None:
                     replaced = os.fstat(pinned)
                     self._note_unnamed(replaced, new_link)
                     if stat.S_ISDIR(replaced.st_mode):
                         self._settler.note(DirectoryNamed(Ino(replaced.st_ino), None))
-                self._settler.moved(path, new)
+                self._settler.moved({path: new}, _files(st))
             self._note_moved(st, old_link, new_link, new)
             return st, replaced
 

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _MOST_BYTES = 4 << 20  # kept for one watcher
 _MOST_WAITING = 10_000  # that were handed over, and not looked at yet
+_PATIENCE_S = 10.0  # for a name to come to the index
 _MOST_OTHERS = 16  # of the other files, in one line
 
 
@@ -161,12 +162,10 @@ class Watching:
                         watcher.put(event)
 
     def _about_file(self, learned: Learned) -> list[bytes]:
-        found = list(islice(self._answers.iter_paths(learned.content), _MOST_OTHERS + 1))
-        path = learned.path
-        if not self._answers.has(path, learned.content):
-            path = self._answers.newest(found)  # renamed since
+        path = self._answers.path_of(learned, _PATIENCE_S)
+        found = islice(self._answers.everywhere(learned.content), _MOST_OTHERS + 1)
         others = [each for each in found if each != path][:_MOST_OTHERS]
-        if not others:
+        if path is None or not others:
             return []
         digest, copies = learned.content.digest.hex(), self._answers.count(learned.content)
         told = _encoded("duplicate", path=path, digest=digest, copies=copies, duplicates=others)
