@@ -182,6 +182,19 @@ def test_files_open_for_writing_wait(bench: Bench) -> None:
 
 
 @every_strategy
+def test_a_reader_who_stays_does_not_hold_up_what_waited_for_a_writer(bench: Bench) -> None:
+    """The file was pending when somebody opened it to write, and did not; a reader has it open all the time."""
+    bench.write("file", DATA)
+    bench.settle()
+    known = bench.digest("file")
+    bench.truncate("file", 5)
+    with bench.opened("file"):
+        with bench.opened("file", os.O_RDWR):
+            bench.engine._work_off(impatient())
+        bench.engine._work_off(impatient())
+        assert bench.digest("file") == xxhash.xxh3_128_hexdigest(DATA[:5]) != known
+
+
 def test_a_known_file_open_for_writing_is_left_alone(bench: Bench) -> None:
     """Nobody knows what it will be: equal or not is found out when it is closed."""
     bench.write("one", DATA)
