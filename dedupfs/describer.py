@@ -47,8 +47,9 @@ def main(fd: int) -> None:
             _limit_processor_time()
             with ExitStack() as stack:
                 files = [stack.enter_context(os.fdopen(descriptor, "rb")) for descriptor in descriptors]
-                for message in _answer(files):
-                    connection.send(message)
+                messages = list(_answer(files))
+            for message in messages:  # now that nothing of the file is left here
+                connection.send(message)
 
 
 def _answer(files: list[io.BufferedReader]) -> Iterator[bytes]:

@@ -233,7 +233,7 @@ class Describer:
             return False
         if totals == ImageTotals() and not self._index.totals().files:
             return False
-        version = self._workers.version()
+        version = self._workers.version
         if images.described_by() != version:
             position = b""
             while not self._stopping:

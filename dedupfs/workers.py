@@ -16,10 +16,11 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from importlib import metadata
 
 from . import codec
 from .errors import StoreError, Unavailable
-from .model import ImageRecord, Thumbnails
+from .model import DESCRIBING_PATH, ImageRecord, Thumbnails
 
 # The worker's side of these is in `describer`, which the daemon must not import: it imports the decoders.
 _DESCRIBED = b"\1"
@@ -40,6 +41,11 @@ _MOST_STARTS = 3
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+def _path_version() -> int:
+    """As `phash` has it, without loading a decoder."""
+    return DESCRIBING_PATH << 16 | int(metadata.version("Pillow").partition(".")[0])
+
+
 class Refused(Exception):
     """A picture cannot be described; `str()` is the reason, fit to be kept."""
 
@@ -53,15 +59,12 @@ class Workers:
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._closed = False
-        self._version: int | None = None
+        self._version = _path_version()
         self.started = 0
 
+    @property
     def version(self) -> int:
-        """Of the describing path. Raises Unavailable when no worker can be had."""
-        if self._version is None:
-            with self._slots:
-                self._put_back(self._take())
-        assert self._version is not None
+        """Of the describing path. No worker is started to know it."""
         return self._version
 
     def describe(self, fd: int) -> tuple[ImageRecord, Thumbnails]:
@@ -164,7 +167,8 @@ class Workers:
         if closed:
             worker.kill()
         try:
-            self._version = worker.wait_until_ready(_START_S)
+            if worker.wait_until_ready(_START_S) != self._version:
+                raise Unavailable("Pillow is another one than when the mount began; unmount and mount again")
         except BaseException:
             self._discard(worker)
             if self._closed:

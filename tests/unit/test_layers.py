@@ -22,6 +22,7 @@ LAYERS = [
     "config",
     "digest",
     "codec",
+    "raw",
     "phash",
     "likeness",
     "difference",
@@ -89,6 +90,7 @@ OWNERS = {
     "xxhash": "digest",
     "PIL": "phash",
     "imagehash": "phash",
+    "pillow_heif": "phash",
     "re2": "claims",
 }
 
