@@ -73,11 +73,12 @@ class Describer:
         settler: Settler,
         similar: Similar,
         workers: Workers,
+        comparer: Workers,
         *,
         at_a_time: int,
     ) -> None:
         self._backing, self._index, self._blobs = backing, index, blobs
-        self._settler, self._similar, self._workers = settler, similar, workers
+        self._settler, self._similar, self._workers, self._comparer = settler, similar, workers, comparer
         self._at_a_time = at_a_time
         self._condition = threading.Condition()
         self._urgent: dict[ContentKey, None] = {}
@@ -105,6 +106,7 @@ class Describer:
             self._stopping = True
             self._condition.notify_all()
         self._workers.close()
+        self._comparer.close()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -221,6 +223,7 @@ class Describer:
             self._later = {content: when for content, when in self._later.items() if when > now}
         if rested and not self._later:
             self._workers.rest()
+            self._comparer.rest()
 
     def _prepare(self) -> bool:
         """Load what was described before, and put back what another describing path described. Answers whether there

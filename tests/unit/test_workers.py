@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dedupfs import phash
+from dedupfs import likeness, phash
 from dedupfs.errors import Unavailable
-from dedupfs.workers import Refused, Workers
+from dedupfs.likeness import Picture
+from dedupfs.workers import Refused, Workers, _likeness_in, _Silent
 from tests.support import hostile, raws, users
 from tests.support.mounted import REPOSITORY
 from tests.support.photos import photographs
@@ -179,6 +180,57 @@ def test_the_difference_of_two(workers: Workers, tmp_path: Path) -> None:
             workers.difference(one, bad)
         assert workers.difference(one, other) == (width, height, pixels)
     assert workers.started == 1
+
+
+def pictures_with_all_relations() -> list[Picture]:
+    image = Image.open(photographs(1, jpeg=True)[0]).convert("RGB").resize((600, 450))
+    other = Image.open(photographs(2, jpeg=True)[1]).convert("RGB")
+    inner = image.crop((60, 45, 600, 450))
+    described = []
+    for each in (image, image.resize((300, 225)), image.transpose(Image.Transpose.ROTATE_90), inner, other) * 8:
+        out = io.BytesIO()
+        each.save(out, "JPEG", quality=90)
+        described.append(phash.describe(out))
+    return list(described)
+
+
+@pytest.mark.parametrize("cuts", [False, True])
+def test_comparing_is_the_same_there_as_here(workers: Workers, *, cuts: bool) -> None:
+    ours, *others = pictures_with_all_relations()
+    expected = likeness.compare_each(ours, others, cuts=cuts)
+    assert len({found.relation for found in expected if found is not None}) >= (1 if cuts else 3)
+    assert None in expected
+    assert workers.compare(ours, others, cuts=cuts) == expected
+    assert workers.compare(ours, [], cuts=cuts) == []
+    assert workers.compare(ours, others[:1], cuts=cuts) == expected[:1]
+    assert workers.started == 1
+    workers._idle[0]._process.kill()
+    assert workers.compare(ours, others, cuts=cuts) == expected
+    assert workers.started == 2
+    workers.close()
+    with pytest.raises(Unavailable):
+        workers.compare(ours, others, cuts=cuts)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            b"",
+            b"{}",
+            b"[]",
+            b"x",
+            b'["pixels", 0]',
+            b'["nothing", 0, {}]',
+            b'["pixels", -1, {}]',
+            b'["pixels", 257, {}]',
+        ),
+        *(b'["pixels", "0", {}]', b'["pixels", 0, []]', b"[[], 0, {}]", b"[" * 5000, b"\xff"),
+    ],
+)
+def test_an_answer_that_is_no_likeness(answer: bytes) -> None:
+    with pytest.raises(_Silent):
+        _likeness_in(answer)
 
 
 @needs_root
