@@ -20,7 +20,7 @@ from .model import ContentKey, ImageRecord
 
 _FINEST = 100
 _UNKNOWN_QUALITY = 50  # of formats that may have lost something, and do not say how much
-_WITHOUT_LOSS = ("PNG", "TIFF", "BMP")
+_WITHOUT_LOSS = ("PNG", "TIFF", "BMP", "RAW")
 
 
 class Candidate(NamedTuple):

@@ -1,15 +1,22 @@
 """The worker: a process of its own that describes one picture after the other, shut in before the first.
 
 `python -m dedupfs.describer FD`, started by `workers` with one end of a socket as FD. Each request is one byte and a
-descriptor; each answer one message: `DESCRIBED` and a description as `codec` writes it, or `REFUSED` and the reason. A
-request with two descriptors is for their difference: `DESCRIBED`, width and height (`SIZE`), and then the pixels, three
-bytes each, in messages of `PIECE_BYTES`.
+descriptor; each answer one message: `DESCRIBED` and a description as `codec` writes it, or `REFUSED` and the reason.
+
+A request with two descriptors is for their difference: `DESCRIBED`, width and height (`SIZE`), and then the pixels,
+three bytes each, in messages of `PIECE_BYTES`. One without a descriptor is for comparing pictures that were described:
+`COMPARE` or `COMPARE_CUTS`, and how many others (one byte); then a description comes in a message of its own for each,
+first that of the picture the others are compared with. Each other one is answered by a message in JSON, null where
+nothing is to be said.
+
 The first message comes unasked: `DESCRIBED` and the version of the describing path once the process is shut in, or
 `REFUSED` and why it cannot be.
 """
 
+import dataclasses
 import io
 import itertools
+import json
 import os
 import resource
 import socket
@@ -24,6 +31,8 @@ from .errors import DedupfsError
 DESCRIBED, REFUSED = b"\1", b"\0"
 SIZE = struct.Struct(">II")
 PIECE_BYTES = 1 << 15
+COMPARE, COMPARE_CUTS = b"~", b"%"
+_LONGEST_DESCRIPTION_BYTES = 32 << 10
 
 ADDRESS_SPACE_BYTES = 1536 << 20
 PICTURE_CPU_S = 20
@@ -41,14 +50,24 @@ def main(fd: int) -> None:
             return
         connection.send(DESCRIBED + phash.VERSION.to_bytes(4, "big"))
         while True:
-            request, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
-            if not request or not descriptors:
+            request, descriptors, _, _ = socket.recv_fds(connection, 2, 2)
+            if not request:
                 return
             _limit_processor_time()
+            if not descriptors:
+                _compare(connection, cuts=request[:1] == COMPARE_CUTS, count=request[1])
+                continue
             with ExitStack() as stack:
                 files = [stack.enter_context(os.fdopen(descriptor, "rb")) for descriptor in descriptors]
-                for message in _answer(files):
-                    connection.send(message)
+                messages = list(_answer(files))
+            for message in messages:  # now that nothing of the file is left here
+                connection.send(message)
+
+
+def _compare(connection: socket.socket, *, cuts: bool, count: int) -> None:
+    ours, *others = (codec.decode_description(connection.recv(_LONGEST_DESCRIPTION_BYTES)) for _ in range(count + 1))
+    for found in likeness.compare_each(ours, others, cuts=cuts):
+        connection.send(json.dumps(None if found is None else dataclasses.astuple(found)).encode())
 
 
 def _answer(files: list[io.BufferedReader]) -> Iterator[bytes]:

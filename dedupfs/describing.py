@@ -74,11 +74,12 @@ class Describer:
         settler: Settler,
         similar: Similar,
         workers: Workers,
+        comparer: Workers,
         *,
         at_a_time: int,
     ) -> None:
         self._backing, self._index, self._blobs = backing, index, blobs
-        self._settler, self._similar, self._workers = settler, similar, workers
+        self._settler, self._similar, self._workers, self._comparer = settler, similar, workers, comparer
         self._at_a_time = at_a_time
         self._condition = threading.Condition()
         self._urgent: dict[ContentKey, None] = {}
@@ -106,6 +107,7 @@ class Describer:
             self._stopping = True
             self._condition.notify_all()
         self._workers.close()
+        self._comparer.close()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -229,6 +231,7 @@ class Describer:
             self._later = {content: when for content, when in self._later.items() if when > now}
         if rested and not self._later:
             self._workers.rest()
+            self._comparer.rest()
 
     def _prepare(self) -> bool:
         """Load what was described before, and put back what another describing path described. Answers whether there
@@ -241,7 +244,7 @@ class Describer:
             return False
         if totals == ImageTotals() and not self._index.totals().files:
             return False
-        version = self._workers.version()
+        version = self._workers.version
         if images.described_by() != version:
             position = b""
             while not self._stopping:

@@ -12,7 +12,9 @@ from .claims import NamePattern
 from .decisions import Decisions
 from .describing import Describer
 from .duplicates import Answers
+from .errors import Unavailable
 from .index import Index
+from .likeness import Likeness, Picture, compare_each
 from .model import Caller, Learned, Progress
 from .pictures import XATTRS, Pictures
 from .settle import Settler
@@ -42,8 +44,13 @@ class Imaging:
     ) -> None:
         """`at_a_time`: how many pictures are described at the same time, 0 for what fits the machine."""
         at_a_time = at_a_time or _AT_A_TIME
-        self._workers, self._similar = Workers(at_a_time + 1), Similar(index.images)  # one for who asks
-        self.describer = Describer(backing, index, blobs, settler, self._similar, self._workers, at_a_time=at_a_time)
+        self._workers = Workers(at_a_time + 1)  # one for who asks
+        # Apart from the others: it is never handed a picture, so none can make it say of others what is not so.
+        self._comparer = Workers(1)
+        self._similar = Similar(index.images, self._compare_each)
+        self.describer = Describer(
+            backing, index, blobs, settler, self._similar, self._workers, self._comparer, at_a_time=at_a_time
+        )
         self.pictures = Pictures(
             backing,
             index,
@@ -63,6 +70,15 @@ class Imaging:
     def _settled(self, learned: list[Learned]) -> None:
         self.describer.wake()
         self.watching.settled(learned)
+
+    def _compare_each(self, ours: Picture, others: list[Picture], *, cuts: bool) -> list[Likeness | None]:
+        """In a process of its own, so that requests need not wait for the interpreter; here where there is none."""
+        if not others:
+            return []
+        try:
+            return self._comparer.compare(ours, others, cuts=cuts)
+        except Unavailable:
+            return compare_each(ours, others, cuts=cuts)
 
     def answers(self, name: bytes) -> bool:
         """Whether `user.dedupfs.<name>` is about pictures."""

@@ -124,6 +124,16 @@ def compare(
     return Likeness(relation, seen.distance, evidence)
 
 
+Picture = tuple[ImageRecord, Thumbnails]
+
+
+def compare_each(ours: Picture, others: list[Picture], *, cuts: bool) -> list[Likeness | None]:
+    """One with each of several, by `compare_cuts` or `compare`. A few milliseconds a picture, with the interpreter
+    held."""
+    by = compare_cuts if cuts else compare
+    return [by(*ours, *other) for other in others]
+
+
 def compare_cuts(
     record: ImageRecord, thumbnails: Thumbnails, other: ImageRecord, other_thumbnails: Thumbnails
 ) -> Likeness | None:

@@ -192,6 +192,9 @@ class Caller(NamedTuple):
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
+# Of how pictures are described: with a change that changes records, this is another number.
+DESCRIBING_PATH = 2
+
 THUMBNAIL_SIDE = 64
 HASH_BYTES = 32
 

@@ -11,29 +11,37 @@ are nearly alike: borders, and what surrounds a picture in a screenshot. The thu
 its perceptual hash is made of, so the hashes of its turned and mirrored forms follow from it.
 """
 
+import functools
 import io
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import imagehash
 import numpy as np
+import pillow_heif
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageError, features
 from PIL import __version__ as _pillow_version
 
+from . import raw
 from .digest import StreamDigest
-from .model import THUMBNAIL_SIDE, ImageRecord, Thumbnails
+from .model import DESCRIBING_PATH, THUMBNAIL_SIDE, ImageRecord, Thumbnails
 
-_PATH_VERSION = 1
 # Hashes drift when Pillow decodes or resizes differently; its releases with a new first number are the ones to expect
 # that of.
-VERSION = _PATH_VERSION << 16 | int(_pillow_version.split(".", maxsplit=1)[0])
+VERSION = DESCRIBING_PATH << 16 | int(_pillow_version.split(".", maxsplit=1)[0])
 
-FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", *(("AVIF",) if features.check("avif") else ()))
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "HEIF", *(("AVIF",) if features.check("avif") else ()))
+RAW = "RAW"  # in a record: a camera's raw file, of which the preview was described
+
+pillow_heif.register_heif_opener()
+# A worker has one processor's time; and threads only where the sandbox can tell them from processes. HEIC wants one.
+pillow_heif.options.DECODE_THREADS = 0
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 _VIEW_SIDE = 512
 _HASH_SIDE = 16
@@ -65,9 +73,8 @@ _BROKEN = (
     AttributeError,
     ArithmeticError,
     EOFError,
-    RecursionError,
     AssertionError,
-    NotImplementedError,
+    RuntimeError,
 )
 
 # The sum of the luminance table in annex K of the JPEG standard, of which the tables of libjpeg are multiples.
@@ -105,8 +112,8 @@ def describe(file: BinaryIO) -> Description:
 def look(file: BinaryIO, side: int) -> Colours:
     """The picture in `file` in colours as it is shown, no side longer than `side` pixels. Raises Undescribable, and
     nothing else."""
-    with _only_undescribable(), _opened(file) as image:
-        facts = _Facts(image)
+    with _only_undescribable(), _opened(file) as (image, exif, _):
+        facts = _Facts(exif)
         if image.format in _JPEGS:
             image.draft("RGB", (side, side))
         image.load()
@@ -138,25 +145,45 @@ def _only_undescribable() -> Iterator[None]:
         raise Undescribable(f"damaged: {_text(str(error)) or type(error).__name__}") from None
 
 
+class _Opened(NamedTuple):
+    image: Image.Image  # of a raw file, its preview
+    exif: Callable[[], Image.Exif]
+    raw: raw.Preview | None
+
+
 @contextmanager
-def _opened(file: BinaryIO) -> Iterator[Image.Image]:
-    with Image.open(file, formats=FORMATS) as image:
+def _opened(file: BinaryIO) -> Iterator[_Opened]:
+    preview = raw.preview(file)
+    if preview is not None and not preview.jpeg:
+        raise Undescribable("a raw file without a preview that is known")
+    readable = file if preview is None else io.BytesIO(preview.jpeg)
+    with Image.open(readable, formats=FORMATS if preview is None else _JPEGS) as image:
         width, height = image.size
         if not width or not height:
             raise Undescribable("has no pixels")
         if image.format not in _JPEGS and width * height > _MOST_PIXELS_DECODED_WHOLE:
             raise Undescribable(f"{width} x {height} pixels are more than are decoded")
-        yield image
+        yield _Opened(image, image.getexif if preview is None else functools.partial(_exif_of_raw, file), preview)
+
+
+def _exif_of_raw(file: BinaryIO) -> Image.Exif:
+    """Of the photograph: what the preview says of itself is not asked."""
+    exif = Image.Exif()
+    file.seek(0)
+    exif.load_from_fp(file)
+    return exif
 
 
 def _describe(file: BinaryIO) -> Description:
-    with _opened(file) as image:
+    with _opened(file) as (image, exif, preview):
         kind = "JPEG" if image.format in _JPEGS else str(image.format)
         width, height = image.size
+        if preview is not None:
+            kind, width, height = RAW, preview.width, preview.height
         is_grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
         quality = _quality(image) if kind == "JPEG" else 0
-        facts = _Facts(image)
-        if kind == "JPEG":
+        facts = _Facts(exif)
+        if image.format in _JPEGS:
             image.draft("L", (_VIEW_SIDE, _VIEW_SIDE))
         image.load()
         pixels = _digest_of_pixels(image, facts.orientation) if kind in _LOSSLESS else b""
@@ -382,12 +409,12 @@ def _quality(image: Image.Image) -> int:
 class _Facts:
     """What EXIF says, as far as it can be read."""
 
-    def __init__(self, image: Image.Image) -> None:
+    def __init__(self, read: Callable[[], Image.Exif]) -> None:
         self.orientation = 1
         self.taken = self.zone = self.make = self.camera = self.serial = self.software = ""
         self.has_gps = False
         try:
-            exif = image.getexif()
+            exif = read()
             self._read_main(exif)
             self._read_camera(exif)
         except (*_BROKEN, MemoryError):

@@ -322,12 +322,12 @@ class Pictures:
 
     def conflicts_of(self, content: ContentKey) -> list[tuple[Alike, str]]:
         """What is in conflict with a picture, and what both claim, the nearest first."""
+        alikes = [alike for alike in self.versions(content) if self._may_conflict(content, alike)]
+        ours = self._answers.paths(content) if alikes else []
         found = []
-        for alike in self.versions(content):
-            if self._may_conflict(content, alike):
-                both = (content, self._answers.paths(content)), (alike.content, self._answers.paths(alike.content))
-                if claim := self._common_claim(*both):
-                    found.append((alike, claim))
+        for alike in alikes:
+            if claim := self._common_claim((content, ours), (alike.content, self._answers.paths(alike.content))):
+                found.append((alike, claim))
         return found
 
     def versions(self, content: ContentKey) -> list[Alike]:

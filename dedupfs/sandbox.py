@@ -6,12 +6,15 @@ Called once, by a worker with one thread, before it touches anything it was sent
     network     a network namespace with nothing in it; Landlock for TCP where there is no such namespace
     rights      an unprivileged user where we were root, no capabilities, no_new_privs; not to be traced by others
     others      Landlock (Linux 6.12): no signals to processes outside
-    means       address space, processor time, size of a file, processes; lowest priority for processor and disk
+    means       address space, processor time, size of a file; lowest priority for processor and disk
+    processes   none can be started, by a filter of system calls (seccomp) that lets threads be, which decoders want;
+                where there is no such filter, by a limit, and there are no threads either
 
 Files and network have to be closed, by whichever of the two ways can be had; else `enter` refuses.
 """
 
 import ctypes
+import errno
 import os
 import platform
 import resource
@@ -53,6 +56,17 @@ _CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)  # version 3, this proces
 
 _NOBODY = 65534
 
+# seccomp(2): instructions for the kernel's filter (code, jumps if true and if false, operand), and what it may answer
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16  # of struct seccomp_data, little-endian
+_ALLOW, _FAIL = 0x7FFF0000, 0x00050000
+_X32_CALLS = 0x40000000
+_CLONE_THREAD = 0x00010000
+_SYS_CLONE3 = 435
+# architecture; clone; whatever else starts a process
+_STARTING = {"x86_64": (0xC000003E, 56, (57, 58)), "aarch64": (0xC00000B7, 220, ())}
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -78,12 +92,13 @@ def enter(limits: Limits) -> None:
         raise Unavailable("the kernel has neither Landlock nor user namespaces: files cannot be closed to a worker")
     if not alone and landlock < _NETWORK_SINCE:
         raise Unavailable("the kernel has neither network namespaces nor Landlock 4: the network cannot be closed")
+    if not _forbid_processes(machine):
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     for what, most in (
         (resource.RLIMIT_AS, limits.address_space_bytes),
         (resource.RLIMIT_CPU, limits.lifetime_cpu_s),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_NOFILE, 16),
         (resource.RLIMIT_MEMLOCK, 0),
     ):
@@ -146,6 +161,41 @@ def _restrict() -> int:
     finally:
         os.close(ruleset)
     return version
+
+
+def _forbid_processes(machine: str) -> bool:
+    """Let every system call fail that starts a process, and let those be that start a thread. Whether that can be had.
+
+    What clone3 would do lies in memory, where a filter cannot look: it is said not to exist, and the C library takes
+    clone.
+    """
+    if machine not in _STARTING:
+        return False
+    architecture, clone, others = _STARTING[machine]
+    refuse, unknown = _FAIL | errno.EPERM, _FAIL | errno.ENOSYS
+    program = [
+        (_LOAD, 0, 0, _ARCHITECTURE_AT),
+        (_EQUAL, 1, 0, architecture),
+        (_RETURN, 0, 0, refuse),
+        (_LOAD, 0, 0, _NUMBER_AT),
+        (_AT_LEAST, 0, 1, _X32_CALLS),
+        (_RETURN, 0, 0, refuse),
+        (_EQUAL, 0, 1, _SYS_CLONE3),
+        (_RETURN, 0, 0, unknown),
+    ]
+    for number in others:
+        program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, refuse)]
+    program += [
+        (_EQUAL, 1, 0, clone),
+        (_RETURN, 0, 0, _ALLOW),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT_AT),
+        (_ANY_BIT, 1, 0, _CLONE_THREAD),
+        (_RETURN, 0, 0, refuse),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
+    filtered = struct.pack("@HP", len(program), ctypes.addressof(code))
+    return int(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, filtered, 0, 0)) == 0
 
 
 def _prctl(option: int, value: int) -> None:

@@ -8,11 +8,11 @@ its record, for both sides. Report only: nothing here changes what is stored of 
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .gallery import Gallery
 from .imagetables import ImageTables
-from .likeness import Likeness, compare, compare_cuts, is_another_release
+from .likeness import Likeness, Picture, compare_each, is_another_release
 from .model import Alike, ContentKey, ImageRecord, Relation, Thumbnails
 
 # Of the pictures that are near, so many are looked at, and so many of those laid over the new one.
@@ -20,7 +20,14 @@ _MOST_NEAR = 256
 _MOST_COMPARED = 64
 # A burst has thousands of frames, a form thousands of sheets: each knows these nearest ones.
 _MOST_APART = 16
+_ROUND = 16  # are compared together
 _LOADED_AT_ONCE = 1000
+
+
+class CompareEach(Protocol):
+    """As `likeness.compare_each`."""
+
+    def __call__(self, ours: Picture, others: list[Picture], *, cuts: bool) -> list[Likeness | None]: ...
 
 
 class Found(NamedTuple):
@@ -31,8 +38,8 @@ class Found(NamedTuple):
 
 
 class Similar:
-    def __init__(self, images: ImageTables) -> None:
-        self._images = images
+    def __init__(self, images: ImageTables, compare_each: CompareEach = compare_each) -> None:
+        self._images, self._compare_each = images, compare_each
         self.gallery = Gallery()
         # Described, and not in the index yet: the group that is being written.
         self._fresh: dict[ContentKey, tuple[ImageRecord, Thumbnails]] = {}
@@ -59,12 +66,14 @@ class Similar:
         """
         found = self.find(record, thumbnails)
         known = {content, *(other for other, _ in found)}
-        for other in beside:
-            theirs = None if other in known else self._picture(other)
-            if theirs is not None and theirs[0].version == record.version:
-                known.add(other)
-                likeness = compare_cuts(record, thumbnails, *theirs)
-                found += [Found(other, likeness)] if likeness is not None else []
+        pictures = [(other, theirs) for other in beside if other not in known and (theirs := self._picture(other))]
+        pictures = [(other, theirs) for other, theirs in pictures if theirs[0].version == record.version]
+        likenesses = self._compare_each((record, thumbnails), [theirs for _, theirs in pictures], cuts=True)
+        found += [
+            Found(other, likeness)
+            for (other, _), likeness in zip(pictures, likenesses, strict=True)
+            if likeness is not None
+        ]
         self._fresh[content] = (record, thumbnails)
         self.gallery.add([(content, _hashes(record))])
         return [
@@ -81,23 +90,28 @@ class Similar:
 
     def find(self, record: ImageRecord, thumbnails: Thumbnails) -> list[Found]:
         """What the archive has of a picture, or resembles it; the nearest first."""
-        found: dict[ContentKey, Likeness] = {}
+        near = list(dict.fromkeys(content for _, content in self.gallery.near(record, thumbnails, _MOST_NEAR)))
+        found: list[Found] = []
         compared = apart = 0
-        for _, content in self.gallery.near(record, thumbnails, _MOST_NEAR):
-            if content in found or compared >= _MOST_COMPARED:
-                continue
-            other = self._picture(content)
-            if other is None or other[0].version != record.version:
-                continue  # nobody holds it any more
-            is_apart = is_another_release(record, other[0]) or (record.is_document and other[0].is_document)
-            if is_apart and apart >= _MOST_APART and not _same_bytes_inside(record, other[0]):
-                continue
-            compared += 1
-            likeness = compare(record, thumbnails, *other)
-            if likeness is not None:
-                found[content] = likeness
+        for start in range(0, len(near), _ROUND):
+            chosen: dict[ContentKey, Picture] = {}
+            for content in near[start : start + _ROUND]:
+                other = self._picture(content)
+                if other is None or other[0].version != record.version:
+                    continue  # nobody holds it any more
+                is_apart = is_another_release(record, other[0]) or (record.is_document and other[0].is_document)
+                if is_apart and apart >= _MOST_APART and not _same_bytes_inside(record, other[0]):
+                    continue
+                if compared < _MOST_COMPARED:
+                    compared += 1
+                    chosen[content] = other
+            likenesses = self._compare_each((record, thumbnails), list(chosen.values()), cuts=False)
+            for content, likeness in zip(chosen, likenesses, strict=True):
+                if likeness is None or (apart >= _MOST_APART and not likeness.relation.is_same_picture):
+                    continue
+                found.append(Found(content, likeness))
                 apart += not likeness.relation.is_same_picture
-        return sorted((Found(*item) for item in found.items()), key=_nearest_first)
+        return sorted(found, key=_nearest_first)
 
     def _picture(self, content: ContentKey) -> tuple[ImageRecord, Thumbnails] | None:
         return self._fresh.get(content) or self._images.picture(content)
@@ -105,14 +119,23 @@ class Similar:
     def of(self, content: ContentKey) -> list[Found]:
         """What resembles a described picture, with the evidence, the nearest first."""
         ours = self._images.picture(content)
+        if ours is None:
+            return []
+        alikes = self._images.alike(content)
+        pictures = {alike.content: theirs for alike in alikes if (theirs := self._images.picture(alike.content))}
+        likenesses = dict(zip(pictures, self._compare_each(ours, list(pictures.values()), cuts=False), strict=True))
+        cuts = [
+            alike.content
+            for alike in alikes
+            if alike.relation is Relation.CROPPED and likenesses.get(alike.content, True) is None
+        ]
+        again = self._compare_each(ours, [pictures[each] for each in cuts], cuts=True)
+        likenesses |= dict(zip(cuts, again, strict=True))
         found = []
-        for alike in self._images.alike(content) if ours is not None else []:
-            theirs = self._images.picture(alike.content)
-            if ours is None or theirs is None:
+        for alike in alikes:
+            if alike.content not in pictures:
                 continue
-            likeness = compare(*ours, *theirs)
-            if likeness is None and alike.relation is Relation.CROPPED:
-                likeness = compare_cuts(*ours, *theirs)
+            likeness = likenesses[alike.content]
             if likeness is None or likeness.relation is not alike.relation:
                 # Laying the one over the other is not quite the same as the other over the one: what was found when
                 # they met stands.

@@ -7,6 +7,7 @@ is ended and another one started. What it answers is checked like any record tha
 `Workers.describe` is for any thread; as many run at a time as there are workers, others wait their turn.
 """
 
+import json
 import os
 import select
 import signal
@@ -16,13 +17,16 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from importlib import metadata
 
 from . import codec
 from .errors import StoreError, Unavailable
-from .model import ImageRecord, Thumbnails
+from .likeness import Likeness, Picture
+from .model import DESCRIBING_PATH, HASH_BYTES, ImageRecord, Relation, Thumbnails
 
 # The worker's side of these is in `describer`, which the daemon must not import: it imports the decoders.
 _DESCRIBED = b"\1"
+_COMPARE, _COMPARE_CUTS = b"~", b"%"
 _MODULE = "dedupfs.describer"
 
 _SIZE = struct.Struct(">II")
@@ -35,9 +39,29 @@ _END_S = 5.0
 _SHARE = 500  # pictures, then another process takes over
 _MOST_RESIDENT_BYTES = 512 << 20  # between two pictures
 _MOST_STARTS = 3
+_COMPARED_AT_ONCE = 16
 
 # Threads of numeric libraries would only reserve address space, and must not exist when the sandbox closes.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _path_version() -> int:
+    """As `phash` has it, without loading a decoder."""
+    return DESCRIBING_PATH << 16 | int(metadata.version("Pillow").partition(".")[0])
+
+
+def _likeness_in(answer: bytes) -> Likeness | None:
+    """Raises _Silent for what is none."""
+    try:
+        found = json.loads(answer)
+        if found is None:
+            return None
+        relation, distance, evidence = found
+        if isinstance(distance, int) and 0 <= distance <= 8 * HASH_BYTES and isinstance(evidence, dict):
+            return Likeness(Relation(relation), distance, evidence)
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise _Silent("answered what is no likeness")
 
 
 class Refused(Exception):
@@ -53,15 +77,12 @@ class Workers:
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._closed = False
-        self._version: int | None = None
+        self._version = _path_version()
         self.started = 0
 
+    @property
     def version(self) -> int:
-        """Of the describing path. Raises Unavailable when no worker can be had."""
-        if self._version is None:
-            with self._slots:
-                self._put_back(self._take())
-        assert self._version is not None
+        """Of the describing path. No worker is started to know it."""
         return self._version
 
     def describe(self, fd: int) -> tuple[ImageRecord, Thumbnails]:
@@ -98,6 +119,33 @@ class Workers:
                 raise
             self._put_back(worker)
             return found
+
+    def compare(self, ours: Picture, others: list[Picture], *, cuts: bool) -> list[Likeness | None]:
+        """As `likeness.compare_each`, without holding the interpreter. Raises Unavailable."""
+        with self._slots:
+            try:
+                return self._compare(ours, others, cuts=cuts)
+            except _Silent:
+                pass  # perhaps ended by somebody else
+            try:
+                return self._compare(ours, others, cuts=cuts)
+            except _Silent as silence:
+                raise Unavailable(str(silence)) from None
+
+    def _compare(self, ours: Picture, others: list[Picture], *, cuts: bool) -> list[Likeness | None]:
+        worker = self._take()
+        found: list[Likeness | None] = []
+        try:
+            for start in range(0, len(others), _COMPARED_AT_ONCE):
+                some = others[start : start + _COMPARED_AT_ONCE]
+                found += worker.compare(ours, some, self._picture_s, cuts=cuts)
+        except BaseException:
+            self._discard(worker)
+            if self._closed:
+                raise Unavailable("the mount is going down") from None
+            raise
+        self._put_back(worker)
+        return found
 
     def _describe(self, fd: int) -> tuple[ImageRecord, Thumbnails]:
         worker = self._take()
@@ -164,7 +212,8 @@ class Workers:
         if closed:
             worker.kill()
         try:
-            self._version = worker.wait_until_ready(_START_S)
+            if worker.wait_until_ready(_START_S) != self._version:
+                raise Unavailable("Pillow is another one than when the mount began; unmount and mount again")
         except BaseException:
             self._discard(worker)
             if self._closed:
@@ -235,6 +284,20 @@ class _Worker:
         except OSError:
             raise _Silent(self._fate()) from None
         return self._receive(timeout_s)
+
+    def compare(self, ours: Picture, others: list[Picture], timeout_s: float, *, cuts: bool) -> list[Likeness | None]:
+        """Raises _Silent."""
+        self.done += 1
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.send((_COMPARE_CUTS if cuts else _COMPARE) + bytes([len(others)]))
+            for picture in (ours, *others):
+                self._socket.send(codec.encode_description(*picture))
+        except OSError:
+            raise _Silent(self._fate()) from None
+        finally:
+            self._socket.settimeout(None)
+        return [_likeness_in(self._receive(timeout_s)) for _ in others]
 
     def ask_for_difference(self, one: int, other: int, timeout_s: float) -> tuple[int, int, bytes]:
         """Raises Refused, _Silent."""

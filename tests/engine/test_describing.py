@@ -94,7 +94,7 @@ def test_one_content_is_described_once_from_file_or_blob(bench: Bench) -> None:
     assert bench.status()["pictures_described"] == 0
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF"])
 def test_a_picture_is_known_by_its_first_bytes(kind: str) -> None:
     out = io.BytesIO()
     Image.new("RGB", (20, 20)).save(out, kind)

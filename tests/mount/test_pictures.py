@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from tests.conftest import Mounts
 from tests.mount.test_life import fuse_for_everybody  # noqa: F401 - a fixture
-from tests.support import hostile
+from tests.support import hostile, raws
 from tests.support.flavours import ONE_FLAVOUR
 from tests.support.mounted import Mounted, dedupfs
 from tests.support.photos import photographs
@@ -437,6 +437,25 @@ def test_groups_for_a_spreadsheet_that_runs_no_name(mounted: Mounted) -> None:
     mounted.run("groups", mounted.mountpoint, "--csv", "--json", exit_code=64)
 
 
+@ONE_FLAVOUR
+def test_pictures_of_phones_and_cameras(mounted: Mounted) -> None:
+    image = picture()
+    for name, kind in (("phone.heic", "HEIF"), ("phone.avif", "AVIF"), ("sent.jpg", "JPEG")):
+        out = io.BytesIO()
+        image.save(out, kind, quality=80, exif=camera_exif())
+        mounted.path(name).write_bytes(out.getvalue())
+    for kind, make in raws.ALL.items():
+        mounted.path(f"camera.{kind}").write_bytes(make(image))
+    mounted.settle()
+    formats = {name: json.loads(mounted.xattr(name, "image"))["format"] for name in ("phone.heic", "camera.nef")}
+    assert formats == {"phone.heic": "HEIF", "camera.nef": "RAW"}
+    others = {"phone.avif", "sent.jpg", *(f"camera.{kind}" for kind in raws.ALL)}
+    assert set(similar_of(mounted, "phone.heic")) == others
+    assert set(similar_of(mounted, "phone.heic").values()) <= {"recompressed", "resized"}
+    answer = mounted.run("authoritative", mounted.mountpoint, "sent.jpg", "--json").json()
+    assert answer["authoritative"].startswith("camera.")
+
+
 @needs_root
 @ONE_FLAVOUR
 @pytest.mark.usefixtures("fuse_for_everybody")
@@ -450,9 +469,15 @@ def test_a_mount_of_an_ordinary_user_describes_as_well(mounts: Mounts) -> None:
     assert (status["pictures_described"], status["pictures_reason"]) == (2, "")
     answer = mounted.run("similar", mounted.mountpoint, "0.jpg", "--json").json()
     assert [(found["path"], found["relation"]) for found in answer["similar"]] == [("1.jpg", "recompressed")]
-    (worker,) = _workers_of(mounted.pid)
-    assert "CapEff:\t0000000000000000" in Path(f"/proc/{worker}/status").read_text()
-    assert os.stat(f"/proc/{worker}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+    for kind in ("HEIF", "AVIF"):
+        tool(*command, mounted.path(kind), user=USER, stdin=hostile.sound(kind))
+    mounted.settle()
+    assert mounted.status()["pictures_described"] == 4
+    workers = _workers_of(mounted.pid)
+    assert len(workers) == 2  # one for comparing
+    for worker in workers:
+        assert "CapEff:\t0000000000000000" in Path(f"/proc/{worker}/status").read_text()
+        assert os.stat(f"/proc/{worker}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
 
 
 @ONE_FLAVOUR
@@ -496,6 +521,25 @@ def test_malformed_pictures_leave_the_mount_serving_and_their_bytes_intact(mount
 
 @needs_root
 @ONE_FLAVOUR
+def test_no_worker_is_started_for_what_is_no_picture(mounted: Mounted) -> None:
+    for number in range(5):
+        mounted.path(f"{number}.txt").write_bytes(b"%d" % number * 5000)
+    mounted.settle()
+    mounted.restart()
+    mounted.path("letter.pdf").write_bytes(b"%PDF-1.7")
+    mounted.settle()
+    assert _workers_of(mounted.pid) == []
+    mounted.path("one.jpg").write_bytes(jpeg(picture()))
+    mounted.settle()
+    assert len(_workers_of(mounted.pid)) == 1
+    mounted.restart()
+    mounted.settle()
+    assert similar_of(mounted, "one.jpg") == {}
+    assert _workers_of(mounted.pid) == []
+
+
+@needs_root
+@ONE_FLAVOUR
 def test_workers_that_are_killed_cost_no_picture(mounted: Mounted) -> None:
     image = picture()
     killed: set[int] = set()
@@ -507,7 +551,8 @@ def test_workers_that_are_killed_cost_no_picture(mounted: Mounted) -> None:
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
         killed.update(workers)
-    assert len(killed) == 8
+    assert len(killed) == 8 + 7  # the first picture is compared with nothing
+    assert len(similar_of(mounted, "7.jpg")) == 7
     status = mounted.status()
     assert (status["pictures_described"], status["pictures_reason"]) == (8, "")
 

@@ -10,9 +10,12 @@ import struct
 import zlib
 from collections.abc import Iterator
 
+import pillow_heif
 from PIL import Image
 
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF")
+
+pillow_heif.register_heif_opener()
 
 
 def sound(kind: str, seed: int = 0) -> bytes:
@@ -21,7 +24,7 @@ def sound(kind: str, seed: int = 0) -> bytes:
     coarse = Image.frombytes("RGB", (12, 9), noise.randbytes(12 * 9 * 3))
     picture = coarse.resize((240, 180), Image.Resampling.BICUBIC)
     out = io.BytesIO()
-    if kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+    if kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"):
         exif = Image.Exif()
         exif[0x010F], exif[0x0110], exif[0x0112] = "maker", "model", 6
         exif.get_ifd(0x8769)[0x9003] = "2026:01:02 03:04:05"
@@ -39,7 +42,7 @@ def malformed(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         if number < len(fixed):
             yield fixed[number]
             continue
-        kind = noise.choice(_FORMATS)
+        kind = noise.choice(FORMATS)
         data = sound(kind, noise.randrange(20))
         what = noise.choice((_truncate, _flip, _flip_head, _cut_out, _insert, _overwrite_lengths, _append))
         yield f"{number:04d}-{what.__name__.strip('_')}.{kind.lower()}", what(noise, data)

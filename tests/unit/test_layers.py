@@ -23,6 +23,7 @@ LAYERS = [
     "config",
     "digest",
     "codec",
+    "raw",
     "phash",
     "likeness",
     "difference",
@@ -90,6 +91,7 @@ OWNERS = {
     "xxhash": "digest",
     "PIL": "phash",
     "imagehash": "phash",
+    "pillow_heif": "phash",
     "re2": "claims",
 }
 

@@ -2,18 +2,22 @@
 
 import io
 import os
+import resource
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from dedupfs import phash
+from dedupfs import likeness, phash
 from dedupfs.errors import Unavailable
-from dedupfs.workers import Refused, Workers
-from tests.support import hostile, users
+from dedupfs.likeness import Picture
+from dedupfs.workers import Refused, Workers, _likeness_in, _Silent
+from tests.support import hostile, raws, users
 from tests.support.mounted import REPOSITORY
 from tests.support.photos import photographs
 from tests.support.tools import USER, needs_root
@@ -41,6 +45,13 @@ def ptrace():
     if ctypes.CDLL(None).ptrace(16, daemon, 0, 0):
         raise OSError
 
+def call(number, *arguments):
+    found = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments, 0, 0, 0)
+    if found == 0:
+        os._exit(0)  # the child of what should not be
+    if found < 0:
+        raise OSError
+
 attempts = {
     "read a file": lambda: open("/etc/passwd").read(),
     "make a file": lambda: open("file", "w"),
@@ -50,6 +61,10 @@ attempts = {
     "escape by a directory": lambda: os.open("..", os.O_RDONLY, dir_fd=outside),
     "start": lambda: os.execv("/bin/true", ["true"]),
     "fork": lambda: os.fork() or os._exit(0),
+    "spawn": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+    "another process": lambda: call(56 if os.uname().machine == "x86_64" else 220, 17),
+    "vfork": lambda: call(58 if os.uname().machine == "x86_64" else 435, 0, 0),
+    "clone3": lambda: call(435, 0, 0),
     "udp": lambda: connect(socket.AF_INET, ("127.0.0.1", 9)),
     "become root": lambda: os.setuid(0),
     "signal": lambda: os.kill(daemon, 0),
@@ -93,7 +108,7 @@ def test_what_it_answers_is_the_description(workers: Workers) -> None:
         with open(path, "rb") as file:
             found = workers.describe(file.fileno())
         assert found == phash.describe(io.BytesIO(path.read_bytes()))
-    assert workers.version() == phash.VERSION
+    assert workers.version == phash.VERSION
     assert workers.started == 1
 
 
@@ -124,6 +139,98 @@ def test_what_a_worker_can_do(user: int | None) -> None:
     # Of a root directory that does not exist any more there is nothing to list.
     assert set(can) <= {"CAN list", "CAN list here"}, done.stdout
     assert "uid 65534 []" in done.stdout or user is not None
+
+
+@pytest.mark.parametrize("kind", hostile.FORMATS)
+def test_every_format_is_decoded_where_it_is_shut_in(workers: Workers, tmp_path: Path, kind: str) -> None:
+    """Some decoders start threads, and there is nothing to load a library from."""
+    assert ask(workers, hostile.sound(kind), tmp_path) == kind
+    assert workers.started == 1
+
+
+def test_previews_of_raw_files(workers: Workers, tmp_path: Path) -> None:
+    for make in raws.ALL.values():
+        assert ask(workers, make(Image.linear_gradient("L").convert("RGB")), tmp_path) == "RAW"
+    assert workers.started == 1
+
+
+def test_many_open_files_do_not_matter(workers: Workers, tmp_path: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(3000, most[1]), most[1]))
+    fds: list[int] = []
+    try:
+        while not fds or fds[-1] < 1100:
+            fds.append(os.open("/dev/null", os.O_RDONLY))
+        assert ask(workers, hostile.sound("JPEG"), tmp_path) == "JPEG"
+    finally:
+        for fd in fds:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+
+
+def test_the_difference_of_two(workers: Workers, tmp_path: Path) -> None:
+    paths = [tmp_path / "one", tmp_path / "other", tmp_path / "bad"]
+    for path, data in zip(paths, (hostile.sound("JPEG"), hostile.sound("PNG", 1), b"no picture"), strict=True):
+        path.write_bytes(data)
+    with ExitStack() as stack:
+        one, other, bad = (stack.enter_context(open(path, "rb")).fileno() for path in paths)
+        width, height, pixels = workers.difference(one, other)
+        assert len(pixels) == 3 * width * height
+        with pytest.raises(Refused):
+            workers.difference(one, bad)
+        assert workers.difference(one, other) == (width, height, pixels)
+    assert workers.started == 1
+
+
+def pictures_with_all_relations() -> list[Picture]:
+    image = Image.open(photographs(1, jpeg=True)[0]).convert("RGB").resize((600, 450))
+    other = Image.open(photographs(2, jpeg=True)[1]).convert("RGB")
+    inner = image.crop((60, 45, 600, 450))
+    described = []
+    for each in (image, image.resize((300, 225)), image.transpose(Image.Transpose.ROTATE_90), inner, other) * 8:
+        out = io.BytesIO()
+        each.save(out, "JPEG", quality=90)
+        described.append(phash.describe(out))
+    return list(described)
+
+
+@pytest.mark.parametrize("cuts", [False, True])
+def test_comparing_is_the_same_there_as_here(workers: Workers, *, cuts: bool) -> None:
+    ours, *others = pictures_with_all_relations()
+    expected = likeness.compare_each(ours, others, cuts=cuts)
+    assert len({found.relation for found in expected if found is not None}) >= (1 if cuts else 3)
+    assert None in expected
+    assert workers.compare(ours, others, cuts=cuts) == expected
+    assert workers.compare(ours, [], cuts=cuts) == []
+    assert workers.compare(ours, others[:1], cuts=cuts) == expected[:1]
+    assert workers.started == 1
+    workers._idle[0]._process.kill()
+    assert workers.compare(ours, others, cuts=cuts) == expected
+    assert workers.started == 2
+    workers.close()
+    with pytest.raises(Unavailable):
+        workers.compare(ours, others, cuts=cuts)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            b"",
+            b"{}",
+            b"[]",
+            b"x",
+            b'["pixels", 0]',
+            b'["nothing", 0, {}]',
+            b'["pixels", -1, {}]',
+            b'["pixels", 257, {}]',
+        ),
+        *(b'["pixels", "0", {}]', b'["pixels", 0, []]', b"[[], 0, {}]", b"[" * 5000, b"\xff"),
+    ],
+)
+def test_an_answer_that_is_no_likeness(answer: bytes) -> None:
+    with pytest.raises(_Silent):
+        _likeness_in(answer)
 
 
 @needs_root
@@ -195,7 +302,6 @@ def test_closing_ends_all_and_tells_who_waits(tmp_path: Path) -> None:
         except Unavailable as error:
             told.append(error)
 
-    pool.version()
     waiting = threading.Thread(target=wait)
     waiting.start()
     pool.close()
