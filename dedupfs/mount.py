@@ -134,8 +134,8 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         dry_run = arguments.get("dry_run") is True
         return engine.restore([_path(path) for path in paths], progress, dry_run=dry_run)
 
-    def report(_arguments: Mapping[str, object], progress: Progress) -> object:
-        return engine.report(progress)
+    def report(arguments: Mapping[str, object], progress: Progress) -> object:
+        return engine.report(progress, thumbnails=arguments.get("thumbnails") is True)
 
     def scrub(arguments: Mapping[str, object], progress: Progress) -> object:
         rate = arguments.get("rate")

@@ -29,6 +29,7 @@ LAYERS = [
     "backing",
     "readme",
     "store",
+    "history",
     "blobs",
     "trash",
     "imagetables",
