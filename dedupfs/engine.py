@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Self
 
+from . import history
 from .asking import AsCaller
 from .backing import Backing
 from .blobs import Blobs
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _NOT_DESCRIBING = "only a mount that is not read-only describes"
 _RELEASE_S = 2.0  # how long a close() may take to reach us
+_HISTORY_S = 3600.0
 _HEALING_S = 600.0  # how long a scrub waits for a copy to be settled, which may be behind others
 
 
@@ -171,6 +173,7 @@ class Engine:
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None
+        self._historian: threading.Thread | None = None
         self._running = False
         self._closed = False
 
@@ -191,9 +194,24 @@ class Engine:
         self._running = True
         self._start_imaging()
         self.settler.start()
+        self._historian = threading.Thread(target=self._keep_history, name="history", daemon=True)
+        self._historian.start()
         if not self.settler.index_is_complete:
             self._scanner = threading.Thread(target=self._scan_in_background, name="scan", daemon=True)
             self._scanner.start()
+
+    def _keep_history(self) -> None:
+        self._record_day()
+        while not self._stopping.wait(_HISTORY_S):
+            self._record_day()
+
+    def _record_day(self) -> None:
+        """A report can do without a day; while the index does not hold everything, there is nothing to be told."""
+        try:
+            if self.settler.index_is_complete:
+                history.record(self.backing, self.index.totals(), day=time.strftime("%Y-%m-%d"))
+        except (OSError, StoreError) as error:
+            log.info("the day is not recorded: %s", error)
 
     def quiet_until(self) -> str:
         """When the quiet hours end in which work in the background waits, as HH:MM; "" outside of them."""
@@ -201,9 +219,13 @@ class Engine:
         return self._quiet.until(now.tm_hour, now.tm_min)
 
     def _start_imaging(self) -> None:
-        from .imaging import Imaging  # loads numpy, which commands without a mount do without
+        self.imaging = self._make_imaging()
+        self.imaging.describer.start()
 
-        self.imaging = Imaging(
+    def _make_imaging(self) -> "Imaging":
+        from .imaging import Imaging  # loads numpy, which most commands without a mount do without
+
+        return Imaging(
             self.backing,
             self.index,
             self.blobs,
@@ -214,7 +236,6 @@ class Engine:
             preferred=self._preferred,
             at_a_time=self._workers,
         )
-        self.imaging.describer.start()
 
     def _answer(self, path: bytes, name: bytes, caller: Caller) -> bytes:
         """The value of `user.dedupfs.<name>` of a file."""
@@ -255,6 +276,9 @@ class Engine:
         except (StoreError, OSError) as error:
             agrees = False
             log.error("%s; the tree is walked at the next start", error)
+        if self._historian is not None:
+            self._historian.join()
+            self._record_day()
         self._as_caller.close()
         self.index.close()
         self.store.withdraw()
@@ -431,13 +455,22 @@ class Engine:
             "scrub_finished_s": 0 if scrub is None else scrub.finished_s,
         }
 
-    def report(self, progress: Progress) -> dict[str, object]:
-        """What is duplicate where (see `report`), and what `status` says."""
+    def report(self, progress: Progress, *, thumbnails: bool = False) -> dict[str, object]:
+        """What is duplicate where (see `report`), what resembles what, how it was day by day, and what `status` says.
+
+        With `thumbnails`, what is shown of pictures comes with small views of them.
+        """
         if not self._running and not self.settler.index_is_complete:
             self.scan(progress)
         report = Report(self.backing, self.index, self._rules)
         report.gather(progress)
-        return {**self.status(), **report.as_json(self.damages())}
+        imaging = self.imaging or self._make_imaging()
+        return {
+            **self.status(),
+            **report.as_json(self.damages()),
+            **imaging.pictures.overview(lambda done: progress("grouping", done, None), thumbnails=thumbnails),
+            "history": history.read(self.backing),
+        }
 
     def damages(self) -> list[tuple[Damage, list[bytes]]]:
         """What a scrub found damaged and nobody has put right, each with its paths."""

@@ -5,6 +5,7 @@ nothing is done upon it. Digests are kept in a cache by inode, size and times, s
 it was, and the next one reads only what is new. Called by the command line, in its thread; nothing of a store is used.
 """
 
+import itertools
 import os
 import sqlite3
 import stat
@@ -75,6 +76,7 @@ class Estimate:
     total: Sums = field(default_factory=Sums)
     largest: list[Group] = field(default_factory=list)
     unreadable: list[tuple[bytes, str]] = field(default_factory=list)
+    pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # of directories, by number: what both have
     read_bytes: int = 0
     cached_files: int = 0
 
@@ -88,6 +90,10 @@ class Estimate:
             "directories": [{"path": os.fsdecode(path), **sums.as_json()} for path, sums in self.directories],
             "total": self.total.as_json(),
             "across_bytes": self.across_bytes,
+            "pairs": [
+                {"directories": [os.fsdecode(self.directories[each][0]) for each in pair], "bytes": size_bytes}
+                for pair, size_bytes in sorted(self.pairs.items())
+            ],
             "price_per_gb_month": list(prices),
             "cost_per_month": [cost(self.total.bytes, price) for price in prices],
             "saved_per_month": [cost(self.total.duplicate_bytes, price) for price in prices],
@@ -236,6 +242,9 @@ def _sum_up(by_content: dict[tuple[int, Digest], list[File]], found: Estimate) -
         for directory, count in counts.items():
             found.directories[directory][1].duplicate_files += count - 1
             found.directories[directory][1].duplicate_bytes += size_bytes * (count - 1)
+        for one, other in itertools.combinations(sorted(counts), 2):
+            both = size_bytes * min(counts[one], counts[other])
+            found.pairs[one, other] = found.pairs.get((one, other), 0) + both
         found.total.duplicate_files += len(files) - 1
         found.total.duplicate_bytes += size_bytes * (len(files) - 1)
         groups.append(Group(digest, size_bytes, sorted(file.path for file in files)))

@@ -66,7 +66,9 @@ def serve(
         if log_fd is not None:
             shutdown.callback(os.close, log_fd)
 
-        path = os.path.join(control_directory(uid=os.geteuid()), f"{engine.store.uuid}.sock")
+        # A copy of a store has its identity, too, and may be mounted beside it: no two have the same directory.
+        name = f"{engine.store.uuid}.{engine.backing.device:x}.{engine.backing.root_ino:x}.sock"
+        path = os.path.join(control_directory(uid=os.geteuid()), name)
         server = control.Server(path, commands(engine), streams(engine))
         shutdown.callback(server.close)
         engine.vfs.control_path = os.fsencode(path)
@@ -134,8 +136,8 @@ def commands(engine: Engine) -> dict[str, control.Command]:
         dry_run = arguments.get("dry_run") is True
         return engine.restore([_path(path) for path in paths], progress, dry_run=dry_run)
 
-    def report(_arguments: Mapping[str, object], progress: Progress) -> object:
-        return engine.report(progress)
+    def report(arguments: Mapping[str, object], progress: Progress) -> object:
+        return engine.report(progress, thumbnails=arguments.get("thumbnails") is True)
 
     def scrub(arguments: Mapping[str, object], progress: Progress) -> object:
         rate = arguments.get("rate")

@@ -279,7 +279,7 @@ class OpenFiles:
             inode.handles.discard(handle)
             inode.writers -= handle.writes
             wanted = False
-            # Also after a writer who wrote nothing, if settling came meanwhile and could not: readers may stay for days.
+            # Also after a writer who wrote nothing, if settling came meanwhile and could not: readers may stay long.
             if not inode.writers and (inode.dirty or (inode.resettle and handle.writes)):
                 inode.dirty, inode.before, wanted = False, None, True
             if not inode.handles:

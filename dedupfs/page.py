@@ -1,17 +1,25 @@
 """A report as one page of HTML: complete in itself, readable on a screen, a telephone and paper, and as lines of CSV.
 
-Pure. File names are whatever somebody called a file: they are shown as text and never as markup, control and direction
-characters and bytes that are no text as their codes; and no cell of CSV can be taken for a formula.
+Of an archive that dedupfs serves, or of directories that were only looked through: what is not in a report has no part
+of the page. Pure. File names are whatever somebody called a file: they are shown as text and never as markup, control
+and direction characters and bytes that are no text as their codes; and no cell of CSV can be taken for a formula.
 """
 
+import base64
 import csv
+import datetime
 import html
 import io
 import unicodedata
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .model import THUMBNAIL_SIDE
+
 _MOST_FOLDERS = 12  # in the matrix, and bars; the rest is summed up
+_MOST_MONTHS = 24
+_SHOWN_PIXELS = 128
 _OTHERS = "all other folders"
 _IN_NONE = "(in no folder)"
 
@@ -22,15 +30,21 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff
   max-width: 62rem; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p.note, caption, .legend { color: var(--faint); font-size: .9rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 .fact { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .fact b { display: block; font-size: 1.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.day { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; }
 .matrix th.n { white-space: normal; min-width: 5rem; vertical-align: bottom; overflow-wrap: anywhere; }
 .path { min-width: 9rem; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .82rem; }
+.cluster { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; margin: .6rem 0; display: flex;
+  flex-wrap: wrap; gap: .8rem; break-inside: avoid; }
+figure { margin: 0; width: 9rem; font-size: .82rem; }
+figure b { display: block; } figure img { display: block; border: 1px solid var(--line); }
+.cluster > p { width: 100%; margin: 0; }
 svg { width: 100%; max-width: 46rem; height: auto; display: block; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 2px; vertical-align: -.05em; }
@@ -38,7 +52,7 @@ svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; } tr, .fact { break-inside: avoid; }
   .wide { overflow: visible; }
-  svg, td, .dot { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  svg, td, .dot, img { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
 
@@ -76,36 +90,89 @@ def money(size_bytes: float, prices: Sequence[float], currency: str) -> str:
 def render(report: Mapping[str, Any], *, prices: Sequence[float], currency: str, made_at: str) -> str:
     """The page. `report` is what the command answers in JSON, `prices` are per gigabyte (10^9 bytes) and month."""
     saved, duplicate = report["saved_bytes"], report["duplicate_bytes"]
+    estimated = report.get("estimated", False)
     facts = [
         ("files", f"{report['files']:,}"),
         ("size of all files", size(report["logical_bytes"])),
-        ("stored", size(report["stored_bytes"])),
-        ("saved by sharing", size(saved)),
-        ("saved every month", money(saved, prices, currency)),
+        ("would be stored" if estimated else "stored", size(report["stored_bytes"])),
+        ("sharing would save" if estimated else "saved by sharing", size(saved)),
+        ("every month" if estimated else "saved every month", money(saved, prices, currency)),
         ("duplicate files", f"{report['duplicate_files']:,}"),
         ("size of duplicates", size(duplicate)),
     ]
+    csp = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        f'<meta http-equiv="Content-Security-Policy" content="{csp}">',
         f"<title>Duplicates in {_e(report['source'])}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Duplicates in {_e(report['source'])}</h1>",
         f"<p class=note>{_e(made_at)}. Equal means equal in every byte.</p>",
         "<div class=facts>",
         *(f"<div class=fact>{_e(name)}<b>{_e(value)}</b></div>" for name, value in facts),
         "</div>",
-        *_folders(report["folders"]),
+        *(_history(report["history"], prices, currency, made_at) if "history" in report else ()),
+        *_folders(report["folders"], prices, currency),
         *_matrix(report["pairs"]),
         *_groups(report["largest"]),
+        *(_near_duplicates(report) if "near_duplicates" in report else ()),
+        *(_conflicts(report) if "conflicts" in report else ()),
         *_problems(report),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _folders(folders: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _history(days: Sequence[Mapping[str, Any]], prices: Sequence[float], currency: str, made_at: str) -> Iterable[str]:
+    """What there was and what of it was stored, day by day, and at the end of each of the last months."""
+    days = [day for day in days if day["day"] <= made_at[:10]]  # a clock that was wrong may have written of later ones
+    yield "<h2>Over time</h2>"
+    if len(days) < 2:
+        yield "<p>A mount keeps a count of each day. There will be a chart when there are two of them.</p>"
+        return
+    yield from _curves(days)
+    yield '<p class=legend><span class=dot style="background:var(--own)"></span> size of all files &nbsp; '
+    yield '<span class=dot style="background:var(--twice)"></span> stored; between them, what sharing saves</p>'
+    months = list({day["day"][:7]: day for day in days}.values())[-_MOST_MONTHS:]
+    yield "<div class=wide><table><tr><th>at the end of<th class=n>files<th class=n>size<th class=n>stored"
+    yield "<th class=n>saved<th class=n>that month</tr>"
+    for day in reversed(months):
+        saved = day["logical_bytes"] - day["stored_bytes"]
+        yield (
+            f"<tr><td class=day>{_e(day['day'])}<td class=n>{day['files']:,}<td class=n>{size(day['logical_bytes'])}"
+            f"<td class=n>{size(day['stored_bytes'])}<td class=n>{size(saved)}"
+            f"<td class=n>{_e(money(saved, prices, currency))}</tr>"
+        )
+    yield "</table></div>"
+
+
+def _curves(days: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    width, height, left, top = 580, 220, 70, 16
+    ordinals = [datetime.date.fromisoformat(day["day"]).toordinal() for day in days]
+    most = max(1, *(max(day["logical_bytes"], day["stored_bytes"]) for day in days))
+
+    def points(name: str) -> list[str]:
+        return [
+            f"{left + (width - left) * (at - ordinals[0]) / (ordinals[-1] - ordinals[0]):.1f},"
+            f"{height - (height - top) * day[name] / most:.1f}"
+            for at, day in zip(ordinals, days, strict=True)
+        ]
+
+    everything, stored = points("logical_bytes"), points("stored_bytes")
+    yield f'<svg viewBox="0 0 {width + 10} {height + 24}" role="img" aria-label="Size of all files and stored, by day">'
+    for share in (0, 0.5, 1):
+        y = height - (height - top) * share
+        yield f'<line x1="{left}" y1="{y:.1f}" x2="{width}" y2="{y:.1f}" stroke="#d9dee4"/>'
+        yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{size(most * share)}</text>'
+    yield f'<polygon points="{" ".join(everything + stored[::-1])}" fill="#3f6fb0" fill-opacity="0.15"/>'
+    for line, colour in ((everything, "#3f6fb0"), (stored, "#e08a2c")):
+        yield f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
+    yield f'<text x="{left}" y="{height + 20}">{_e(days[0]["day"])}</text>'
+    yield f'<text x="{width}" y="{height + 20}" text-anchor="end">{_e(days[-1]["day"])}</text></svg>'
+
+
+def _folders(folders: Sequence[Mapping[str, Any]], prices: Sequence[float], currency: str) -> Iterable[str]:
     yield "<h2>By folder</h2>"
     if not folders:
         yield "<p>There are no files.</p>"
@@ -115,19 +182,20 @@ def _folders(folders: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield '<p class=legend><span class=dot style="background:var(--own)"></span> first of its kind &nbsp; '
     yield '<span class=dot style="background:var(--twice)"></span> also elsewhere, or twice here</p>'
     yield "<div class=wide><table><tr><th>folder<th class=n>files<th class=n>size<th class=n>shared"
-    yield "<th class=n>duplicate files<th class=n>of that size</tr>"
+    yield "<th class=n>duplicate files<th class=n>of that size<th class=n>worth every month</tr>"
     for folder in ordered:
         name = _IN_NONE if folder["name"] == "." else folder["name"]
         yield (
             f"<tr><td class=path>{_e(name)}<td class=n>{folder['files']:,}<td class=n>{size(folder['bytes'])}"
             f"<td class=n>{folder['references']:,}<td class=n>{folder['duplicate_files']:,}"
-            f"<td class=n>{size(folder['duplicate_bytes'])}</tr>"
+            f"<td class=n>{size(folder['duplicate_bytes'])}"
+            f"<td class=n>{_e(money(folder['duplicate_bytes'], prices, currency))}</tr>"
         )
     yield "</table></div>"
 
 
 def _bars(folders: Sequence[Mapping[str, Any]], most: int) -> Iterable[str]:
-    height, left, width = 28, 170, 500
+    height, left, width = 28, 190, 520
     yield f'<svg viewBox="0 0 {width + 80} {height * len(folders)}" role="img" aria-label="Size by folder">'
     for number, folder in enumerate(folders):
         scale = (width - left) / most if most else 0
@@ -195,20 +263,105 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield "</table></div>"
 
 
+def _near_duplicates(report: Mapping[str, Any]) -> Iterable[str]:
+    yield "<h2>The same photograph in several versions</h2>"
+    count, groups = report["near_duplicate_groups"], report["near_duplicates"]
+    if not groups:
+        yield "<p>None are known.</p>"
+        return
+    follow = f"; {len(groups):,} of them follow" if count > len(groups) else ""
+    yield f"<p class=note>{count:,} groups of pictures that show the same, and are not equal in every byte{follow}."
+    yield "They are reported, never merged. The first one of each is held authoritative.</p>"
+    for group in groups:
+        yield "<div class=cluster>"
+        yield from _picture("authoritative", group["authoritative"])
+        for member in group["members"]:
+            yield from _picture(member["relation"], member)
+        yield f"<p>… and {group['more']:,} more</p></div>" if group["more"] else "</div>"
+
+
+def _conflicts(report: Mapping[str, Any]) -> Iterable[str]:
+    yield "<h2>Versions that contradict each other</h2>"
+    count, conflicts = report["conflicting"], report["conflicts"]
+    if not conflicts:
+        yield "<p>None are known.</p>"
+        return
+    follow = f"; {len(conflicts):,} of them follow" if count > len(conflicts) else ""
+    yield f"<p class=note>{count:,} pairs claim to be one photograph, and differ visibly{follow}.</p>"
+    for conflict in conflicts:
+        yield f"<div class=cluster><p>both {_e(conflict['claim'])}: {_e(conflict['relation'])}</p>"
+        for version in conflict["versions"]:
+            yield from _picture("", version)
+        yield "</div>"
+
+
+def _picture(title: str, version: Mapping[str, Any]) -> Iterable[str]:
+    yield f"<figure>{_image(version.get('thumbnail'))}<b>{_e(title)}</b><span class=path>"
+    yield "<br>".join(_e(path) for path in version["paths"])
+    more = version["copies"] - len(version["paths"])
+    yield f"<br>… and {more:,} more</span></figure>" if more > 0 else "</span></figure>"
+
+
+def _image(thumbnail: Mapping[str, Any] | None) -> str:
+    """A grey square of the index in the shape that the picture has."""
+    try:
+        grey = base64.b64decode(thumbnail["grey"], validate=True) if thumbnail else b""
+        width, height = (int(thumbnail[side]) for side in ("width", "height")) if thumbnail else (0, 0)
+    except (ValueError, KeyError, TypeError):
+        return ""
+    if len(grey) != THUMBNAIL_SIDE**2 or width < 1 or height < 1:
+        return ""
+    scale = _SHOWN_PIXELS / max(width, height)
+    shape = f'width="{max(round(width * scale), 1)}" height="{max(round(height * scale), 1)}"'
+    return f'<img alt="" {shape} src="data:image/png;base64,{base64.b64encode(_png(grey)).decode()}">'
+
+
+def _png(grey: bytes) -> bytes:
+    """A square of `THUMBNAIL_SIDE` grey levels as PNG."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    side = THUMBNAIL_SIDE
+    rows = b"".join(b"\0" + grey[at : at + side] for at in range(0, side * side, side))
+    header = side.to_bytes(4, "big") * 2 + bytes((8, 0, 0, 0, 0))  # eight bits, grey
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+
+
 def _problems(report: Mapping[str, Any]) -> Iterable[str]:
     if report["damaged"]:
         yield "<h2>Damaged files</h2><table>"
         for damage in report["damaged"]:
-            paths = "<br>".join(_e(path) for path in damage["paths"])
-            yield f"<tr><td class=path>{paths}<td>{_e(damage['problem'])}</tr>"
+            yield f"<tr><td class=path>{_listed(damage['paths'])}<td>{_e(damage['problem'])}</tr>"
         yield "</table>"
-    yield "<h2>Files that are not counted</h2>"
-    if not report["unknown"] and not report["unreadable"]:
+    if report.get("across_domains"):
+        yield "<h2>Shared across domains</h2>"
+        yield f"<p class=note>{report['shared_across_domains']:,} contents, since before there were domains, or since "
+        yield "files were moved.</p><table>"
+        for paths in report["across_domains"]:
+            yield f"<tr><td class=path>{_listed(paths)}</tr>"
+        yield "</table>"
+    yield "<h2>Files that could not be read</h2>"
+    if not report["unknown"] and not report["unreadable"] and not report.get("undescribable"):
         yield "<p>None: everything could be read.</p>"
         return
-    yield f"<p>{report['unknown']:,} files are not known: they could not be read, or wait to be. "
-    yield f"{report['unreadable']:,} directories or files could not be looked at.</p><p class=path>"
-    yield "<br>".join(_e(path) for path in report["unknown_paths"]) + "</p>"
+    if report["unknown"]:
+        yield f"<p>{report['unknown']:,} files are not known: they could not be read, or wait to be.</p>"
+        yield f"<p class=path>{_listed(report['unknown_paths'])}</p>"
+    if report["unreadable"]:
+        yield f"<p>{report['unreadable']:,} directories or files could not be looked at.</p><table>"
+        for entry in report["unreadable_paths"]:
+            yield f"<tr><td class=path>{_e(entry['path'])}<td>{_e(entry['reason'])}</tr>"
+        yield "</table>"
+    if report.get("undescribable"):
+        yield "<p>Pictures that could not be looked at as pictures, damaged ones among them:</p><table>"
+        for entry in report["undescribable"]:
+            yield f"<tr><td class=path>{_listed(entry['paths'])}<td>{_e(entry['reason'])}</tr>"
+        yield "</table>"
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return "<br>".join(_e(path) for path in paths)
 
 
 def lines(report: Mapping[str, Any]) -> str:

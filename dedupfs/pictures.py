@@ -8,11 +8,14 @@ A group has a centre, its authoritative version, and holds what was found alike 
 member and not the centre is in another group.
 """
 
+import base64
 import errno
+import heapq
+import itertools
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from .asking import AsCaller
 from .authority import Candidate, Verdict, judge, rank
@@ -35,6 +38,12 @@ _FEW = 256
 
 # In which two versions of a photograph differ visibly.
 _CONFLICTING = (Relation.TONE, Relation.ANNOTATED, Relation.CROPPED)
+
+# In an overview.
+_SHOWN_GROUPS = 50
+_SHOWN_MEMBERS = 11
+_SHOWN_PATHS = 20
+_SHOWN_UNDESCRIBABLE = 200
 
 XATTRS = (b"phash", b"image", b"similar", b"authoritative", b"conflicts")
 
@@ -161,6 +170,13 @@ class Pictures:
         except ValueError:
             raise UsageError(f"known relations are {', '.join(Relation)}") from None
         wanted = wanted or {relation for relation in Relation if relation.is_same_picture}
+        found = []
+        for centre, members in self._clusters(wanted):
+            found.append(self._group(centre, members))
+            progress(len(found))
+        return found
+
+    def _clusters(self, wanted: Collection[Relation]) -> Iterator[tuple[ContentKey, list[Alike]]]:
         neighbours = {
             content: [each for each in alikes if each.relation in wanted and self._counts(content, each.content)]
             for content, alikes in self._similar.neighbours()
@@ -170,7 +186,6 @@ class Pictures:
             for content, alikes in neighbours.items()
             if alikes and (candidate := self._candidate(content)) is not None
         }
-        found: list[dict[str, object]] = []
         placed: set[ContentKey] = set()
         for content in self._best_first(candidates):
             if content in placed:
@@ -180,9 +195,7 @@ class Pictures:
             if all(each.relation is Relation.IDENTICAL for each in members):
                 continue  # copies of the same bytes in domains that do not share, or none
             placed.update([content, *(each.content for each in members)])
-            found.append(self._group(content, members))
-            progress(len(found))
-        return found
+            yield content, members
 
     @staticmethod
     def _best_first(candidates: dict[ContentKey, Candidate]) -> list[ContentKey]:
@@ -302,7 +315,20 @@ class Pictures:
 
     def conflicts(self) -> list[dict[str, object]]:
         """Pairs that claim to be one photograph, by capture time and camera or by name, and differ visibly."""
-        found: list[dict[str, object]] = []
+        return [
+            {
+                "paths": [
+                    [os.fsdecode(path) for path in sorted(self._answers.paths(each))]
+                    for each in (content, alike.content)
+                ],
+                "relation": str(alike.relation),
+                "distance": alike.distance,
+                "claim": claim,
+            }
+            for content, alike, claim in self._conflicts()
+        ]
+
+    def _conflicts(self) -> Iterator[tuple[ContentKey, Alike, str]]:
         for content, alikes in self._similar.neighbours():
             for alike in alikes:
                 if alike.content <= content or not self._may_conflict(content, alike):
@@ -310,14 +336,57 @@ class Pictures:
                 paths = [sorted(self._answers.paths(each)) for each in (content, alike.content)]
                 claim = self._common_claim((content, paths[0]), (alike.content, paths[1]))
                 if claim:
-                    found.append(
-                        {
-                            "paths": [[os.fsdecode(path) for path in each] for each in paths],
-                            "relation": str(alike.relation),
-                            "distance": alike.distance,
-                            "claim": claim,
-                        }
-                    )
+                    yield content, alike, claim
+
+    # -- all of it, for a report --------------------------------------------------------------------------------------
+
+    def overview(self, progress: Callable[[int], None], *, thumbnails: bool) -> dict[str, object]:
+        """The groups with most members, conflicts, and pictures that cannot be described: how many there are, and the
+        first of each. With `thumbnails` each picture has its width and height, and 64 x 64 grey levels in base64."""
+        clusters = conflicts = 0
+        largest: list[tuple[int, int, ContentKey, list[Alike]]] = []
+        for centre, members in self._clusters({each for each in Relation if each.is_same_picture}):
+            clusters += 1
+            heapq.heappush(largest, (len(members), -clusters, centre, members))
+            if len(largest) > _SHOWN_GROUPS:
+                heapq.heappop(largest)
+            progress(clusters)
+        shown = []
+        for content, alike, claim in self._conflicts():
+            conflicts += 1
+            if conflicts <= _SHOWN_GROUPS:
+                versions = [self._shown(each, thumbnails=thumbnails) for each in (content, alike.content)]
+                shown.append({"claim": claim, "relation": str(alike.relation), "versions": versions})
+        undescribable = [
+            {"paths": [os.fsdecode(path) for path in sorted(self._answers.paths(content))], "reason": reason}
+            for content, reason in itertools.islice(self._index.images.all_undescribable(), _SHOWN_UNDESCRIBABLE)
+        ]
+        return {
+            "near_duplicate_groups": clusters,
+            "near_duplicates": [
+                {
+                    "authoritative": self._shown(centre, thumbnails=thumbnails),
+                    "members": [
+                        {"relation": str(each.relation), **self._shown(each.content, thumbnails=thumbnails)}
+                        for each in members[:_SHOWN_MEMBERS]
+                    ],
+                    "more": max(len(members) - _SHOWN_MEMBERS, 0),
+                }
+                for _, _, centre, members in sorted(largest, reverse=True)
+            ],
+            "conflicting": conflicts,
+            "conflicts": shown,
+            "undescribable": undescribable,
+        }
+
+    def _shown(self, content: ContentKey, *, thumbnails: bool) -> dict[str, object]:
+        paths = sorted(self._answers.paths(content))
+        found: dict[str, object] = {"paths": [os.fsdecode(path) for path in paths[:_SHOWN_PATHS]], "copies": len(paths)}
+        picture = self._index.images.picture(content) if thumbnails else None
+        if picture is not None:
+            record, views = picture
+            grey = base64.b64encode(views.full).decode()
+            found["thumbnail"] = {"width": record.width, "height": record.height, "grey": grey}
         return found
 
     def conflicts_of(self, content: ContentKey) -> list[tuple[Alike, str]]:

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .backing import Backing
 from .blobs import Blobs
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 # So many files wait at most to be settled while the walk goes on: it bounds the memory.
 _MOST_WAITING = 4096
 _CHUNK = 500
+_SHOWN_UNREADABLE = 200
+
+
+_Path = bytes  # where a sum is called so
 
 _LENGTHS = 1 << 24  # longer files share a place with shorter ones, and may be taken for repeated
 _MOST_SORTED = 20_000  # files that are put in order at a time: it bounds the memory
@@ -50,6 +54,12 @@ class Census:
     bytes: int = 0
     offered: int = 0
     unreadable: int = 0
+    unreadable_paths: list[tuple[_Path, str]] = field(default_factory=list)  # the first ones, and why
+
+    def refuse(self, path: _Path, error: OSError) -> None:
+        self.unreadable += 1
+        if len(self.unreadable_paths) < _SHOWN_UNREADABLE:
+            self.unreadable_paths.append((path, error.strerror or str(error)))
 
 
 def walk(
@@ -73,7 +83,7 @@ def walk(
                 except FileNotFoundError:
                     continue  # removed while we looked
                 except OSError as error:
-                    census.unreadable += 1
+                    census.refuse(path, error)
                     log.warning("cannot look at %s: %s", os.fsdecode(path), error.strerror)
                     continue
                 if stat.S_ISDIR(st.st_mode):
@@ -85,7 +95,7 @@ def walk(
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            census.unreadable += 1
+            census.refuse(directory, error)
             log.warning("cannot list %s: %s", os.fsdecode(directory), error.strerror)
 
 

@@ -55,6 +55,7 @@ class Report:
         self._pairs: dict[tuple[bytes, bytes], int] = defaultdict(int)
         self._largest: list[_Group] = []
         self._unknown: list[bytes] = []
+        self._unreadable: list[tuple[bytes, str]] = []
         self._across: list[list[bytes]] = []
         names = ("groups", "duplicate_files", "duplicate_bytes", "unknown", "unreadable", "shared_across_domains")
         self._count = dict.fromkeys(names, 0)
@@ -92,6 +93,7 @@ class Report:
             if not census.files % 1000:
                 progress("looking", census.files, None)
         self._count["unreadable"] = census.unreadable
+        self._unreadable = census.unreadable_paths
 
     def _take(self, content: ContentKey, inodes: list[Ino]) -> None:
         record = self._index.file(inodes[0])
@@ -166,6 +168,7 @@ class Report:
                 }
                 for group in sorted(self._largest, reverse=True)
             ],
+            "unreadable_paths": [{"path": os.fsdecode(path), "reason": reason} for path, reason in self._unreadable],
             "unknown_paths": [os.fsdecode(path) for path in self._unknown],
             "across_domains": [[os.fsdecode(path) for path in paths] for paths in self._across],
             "damaged": [

@@ -471,13 +471,12 @@ class Settler:
             self._apply_journal(batch)
 
     def _next(self) -> Ino | None:
-        """Which file is to be settled now: one that somebody asks about, else the first unless they rest. The condition
-        is held."""
-        for ino in self._asked:
-            if ino in self._fresh or ino in self._backlog:
-                return ino
+        """Which file is to be settled now: the first, so that who asks about a file hears of those written before it;
+        while they rest, one that somebody asks about. The condition is held."""
         queue = self._fresh or self._backlog
-        return None if not queue or self._rests() else next(iter(queue))
+        if queue and not self._rests():
+            return next(iter(queue))
+        return next((ino for ino in self._asked if ino in self._fresh or ino in self._backlog), None)
 
     def _spend(self, size_bytes: int) -> None:
         """So much was settled. The condition is held."""

@@ -6,6 +6,7 @@
         lock           flock()ed by the one process that may change the store
         clean          exists while nobody owns the store and its index agrees with the tree
         daemon.json    while mounted: {"pid": …, "mountpoint": …, "socket": …}
+        history.jsonl  what there was, day by day (see `history`)
         sharing.json   which files must not share, as the last mount was told; absent where all may
         blobs/         canonical contents (see `blobs`)
         index/         LMDB (see `index`)
@@ -100,12 +101,12 @@ class Store:
 
     def _read_or_write_format(self) -> str:
         shown = os.fsdecode(self._backing.source + b"/" + _FORMAT)
-        raw = _read(self._backing, _FORMAT)
+        raw = read_whole(self._backing, _FORMAT)
         if not raw:
             # Empty is what a crash between creating and writing leaves; nothing else can exist before it is written.
             identity = str(uuid.uuid4())
             record = {"version": FORMAT_VERSION, "uuid": identity, "references": self._namespace}
-            _write(self._backing, _FORMAT, json.dumps(record).encode())
+            write_whole(self._backing, _FORMAT, json.dumps(record).encode())
             self._backing.fsync_directory(STORE_DIRECTORY)
             self._backing.fsync_directory(b"")
             return identity
@@ -135,8 +136,8 @@ class Store:
         """For who finds the archive and has no dedupfs. A full disk is no reason not to go on without it."""
         text = readme(self._backing.reference_xattr.decode()).encode()
         with suppress(OSError):
-            if _read(self._backing, _README) != text:
-                _write(self._backing, _README, text)
+            if read_whole(self._backing, _README) != text:
+                write_whole(self._backing, _README, text)
 
     def keep_rules(self, rules: SharingRules) -> None:
         """Keep what a mount was told, for offline commands: they share files as well."""
@@ -147,11 +148,11 @@ class Store:
         globs = {"include": rules.include, "exclude": rules.exclude, "domain": rules.domains}
         record: dict[str, object] = {name: [os.fsdecode(glob) for glob in found] for name, found in globs.items()}
         record["min_size_bytes"] = rules.min_size_bytes
-        _write(self._backing, _RULES, json.dumps(record).encode())
+        write_whole(self._backing, _RULES, json.dumps(record).encode())
 
     def read_rules(self) -> SharingRules:
         """What the last mount was told. Raises StoreError when that cannot be said."""
-        raw = _read(self._backing, _RULES)
+        raw = read_whole(self._backing, _RULES)
         if not raw:
             return EVERYTHING
         try:
@@ -177,13 +178,13 @@ class Store:
 
     def mark_clean(self) -> None:
         """Say that index and tree agree. The caller has made the index durable and changes nothing afterwards."""
-        _write(self._backing, _CLEAN, b"")
+        write_whole(self._backing, _CLEAN, b"")
         self._backing.fsync_directory(STORE_DIRECTORY)
 
     def announce(self, *, mountpoint: str, socket: str) -> None:
         """Leave word where the mount that owns this store is to be found."""
         record = {"pid": os.getpid(), "mountpoint": mountpoint, "socket": socket}
-        _write(self._backing, _DAEMON, json.dumps(record).encode())
+        write_whole(self._backing, _DAEMON, json.dumps(record).encode())
 
     def withdraw(self) -> None:
         with suppress(FileNotFoundError):
@@ -226,7 +227,7 @@ def is_owned(backing: Backing) -> bool:
 def read_daemon(backing: Backing) -> dict[str, object] | None:
     """What the mount that owns the store announced, None when there is nothing (or nothing legible)."""
     try:
-        record = json_object(_read(backing, _DAEMON))
+        record = json_object(read_whole(backing, _DAEMON))
     except ValueError:
         return None
     return record if {"pid", "mountpoint", "socket"} <= record.keys() else None
@@ -246,7 +247,8 @@ def set_aside(backing: Backing, path: bytes) -> None:
             return
 
 
-def _read(backing: Backing, path: bytes) -> bytes:
+def read_whole(backing: Backing, path: bytes) -> bytes:
+    """A file of the store; nothing where there is none."""
     try:
         fd = backing.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -255,7 +257,7 @@ def _read(backing: Backing, path: bytes) -> bytes:
         return file.read()
 
 
-def _write(backing: Backing, path: bytes, content: bytes) -> None:
+def write_whole(backing: Backing, path: bytes, content: bytes) -> None:
     """Durable before it is visible: a reader meets the old file or the new one, never a part."""
     draft = path + b".new"
     fd = backing.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,4 +1,4 @@
-"""dedupfs report SOURCE|MOUNT"""
+"""dedupfs report SOURCE|MOUNT, or DIR..."""
 
 import argparse
 import os
@@ -8,12 +8,13 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from .. import control, page
+from .. import control, estimate, page
+from ..config import cache_directory
 from ..engine import Engine
 from ..estimate import PRICES_USD
-from ..model import Progress
+from ..model import STORE_DIRECTORY, Progress
 from .estimate import price_of
-from .output import add_json, print_facts, print_json, printable, size_text
+from .output import add_json, print_facts, print_json, printable, progress_shown, size_text
 from .targets import ask_or_open, require_store
 
 
@@ -22,11 +23,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "report",
         help="what is duplicate where, as a page for an office",
         description="Tell what an archive holds and what sharing saves: by top-level folder, by pairs of folders that "
-        "have the same files, and the largest groups. --html writes one page that needs nothing else, for a browser or "
-        "paper.",
+        "have the same files, the largest groups, the versions of one photograph, and how it was day by day. Of "
+        "directories that dedupfs does not serve it tells what sharing would save, as estimate does. --html writes one "
+        "page that needs nothing else, for a browser or paper.",
         allow_abbrev=False,
     )
-    parser.add_argument("target", metavar="SOURCE|MOUNT")
+    parser.add_argument(
+        "targets", metavar="SOURCE|MOUNT|DIR", nargs="+", help="one that dedupfs serves, or directories"
+    )
     parser.add_argument("--html", metavar="FILE", help="write the page there, replacing what is there")
     parser.add_argument("--csv", action="store_true", help="print the largest groups as CSV, a line for each file")
     parser.add_argument(
@@ -40,13 +44,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if control.find_mount(arguments.target) is None:
-        require_store(arguments.target)
-
-    def offline(engine: Engine, progress: Progress) -> object:
-        return engine.report(progress)
-
-    answer = ask_or_open(arguments.target, "report", {}, offline)
+    answer = _ask(arguments)
     price = arguments.price_per_gb_month
     prices, currency = (PRICES_USD, "USD") if price is None else ((price,), "")
     if arguments.html is not None:
@@ -59,6 +57,52 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.html is None:
         _show(answer, page.money(answer["saved_bytes"], prices, currency))
     return 0
+
+
+def _ask(arguments: argparse.Namespace) -> dict[str, Any]:
+    target = arguments.targets[0]
+    is_served = control.find_mount(target) is not None
+    if len(arguments.targets) > 1 or not (
+        is_served or os.path.lexists(os.path.join(target, os.fsdecode(STORE_DIRECTORY)))
+    ):
+        return _estimated(arguments.targets)
+    if not is_served:
+        require_store(target)
+    thumbnails = arguments.html is not None
+
+    def offline(engine: Engine, progress: Progress) -> object:
+        return engine.report(progress, thumbnails=thumbnails)
+
+    answer: dict[str, Any] = ask_or_open(target, "report", {"thumbnails": thumbnails}, offline)
+    return dict(answer)
+
+
+def _estimated(directories: list[str]) -> dict[str, Any]:
+    """What of a report can be said of directories that were only looked through."""
+    cache = os.path.join(cache_directory(), "estimate.sqlite3")
+    with progress_shown() as progress:
+        found = estimate.estimate(directories, cache=cache, progress=progress)
+    told: dict[str, Any] = found.as_json(())
+    duplicate = found.total.duplicate_bytes
+    return {
+        "estimated": True,
+        "source": ", ".join(each["path"] for each in told["directories"]),
+        "files": found.total.files,
+        "logical_bytes": found.total.bytes,
+        "stored_bytes": found.total.bytes - duplicate,
+        "saved_bytes": duplicate,
+        "duplicate_files": found.total.duplicate_files,
+        "duplicate_bytes": duplicate,
+        "folders": [{**each, "name": each["path"], "references": 0} for each in told["directories"]],
+        "pairs": [{"folders": each["directories"], "bytes": each["bytes"]} for each in told["pairs"]],
+        "largest": [{**each, "copies": len(each["paths"])} for each in told["largest"]],
+        "unknown": 0,
+        "unknown_paths": [],
+        "unreadable": told["unreadable"],
+        "unreadable_paths": told["unreadable_paths"],
+        "damaged": [],
+        "shared_across_domains": 0,
+    }
 
 
 def _write(path: str, text: str) -> None:
@@ -80,7 +124,10 @@ def _show(answer: dict[str, Any], saved: str) -> None:
         [
             ("files", f"{answer['files']:,}, {size_text(answer['logical_bytes'])}"),
             ("duplicate", f"{answer['duplicate_files']:,}, {size_text(answer['duplicate_bytes'])}"),
-            ("saved", f"{size_text(answer['saved_bytes'])}, {saved} a month"),
+            (
+                "sharing would save" if answer.get("estimated") else "saved",
+                f"{size_text(answer['saved_bytes'])}, {saved} a month",
+            ),
             ("not known", f"{answer['unknown'] + answer['unreadable']:,}"),
         ]
     )

@@ -362,6 +362,17 @@ def _two_shared(run: Run) -> None:
     run.settle()
 
 
+def _another_domain(run: Run) -> None:
+    """Two more of them, that must not share with the first two. Who recovers is not told of that."""
+    _two_shared(run)
+    run.stop()
+    run.options += ",domain=health/"
+    run.start()
+    run.app.mkdir("health")
+    run.app.write("health/one.jpg", photo("a"), mode=0o604, xattrs={"user.note": b"another agency's"})
+    run.app.write("health/two.jpg", photo("a"), mode=0o640)
+
+
 def _three_shared(run: Run) -> None:
     _two_equal(run)
     run.app.write("three.jpg", photo("a"))
@@ -614,6 +625,7 @@ SCENARIOS = {
     "share two new files": Scenario(_two_pairs, _settle, reflinks=True),
     "write and share": Scenario(lambda run: None, _write_and_settle, reflinks=True),
     "share a third file": Scenario(_third, _settle, reflinks=True),
+    "share in another domain": Scenario(_another_domain, _settle, keeps_plain=True, reflinks=True),
     "heal a rotten blob": Scenario(_rotten, _settle, rotten=(ONE, TWO)),
     "heal a missing blob": Scenario(_missing, _settle, rotten=(ONE, TWO)),
     "scrub, and heal with a plain file": Scenario(_rotten_with_a_copy, _scrub, rotten=(ONE, TWO)),

@@ -81,7 +81,7 @@ def _mounted(image: Path, mountpoint: Path) -> Iterator[None]:
 
 def _fill(top: Path) -> None:
     """One of everything that an archive may hold."""
-    for name in ("permits/2024", "inspections", "empty directory"):
+    for name in ("permits/2024", "inspections", "police", "empty directory"):
         (top / name).mkdir(parents=True)
     picture = Image.linear_gradient("L").resize((320, 240)).convert("RGB")
     noise = Image.frombytes("RGB", (80, 60), random.Random("noise").randbytes(80 * 60 * 3)).resize((320, 240))
@@ -93,6 +93,8 @@ def _fill(top: Path) -> None:
         "inspections/one again": _bytes("one", 9001),
         os.fsdecode(b"permits/caf\xe9 \xff\n.tif"): _bytes("one", 9001),
         "inspections/a.jpg": (top / "permits/2024/a.jpg").read_bytes(),
+        "police/one": _bytes("one", 9001),
+        "police/one again": _bytes("one", 9001),
         "alone": _bytes("alone", 5000),
         "tiny": b"t",
         "tiny too": b"t",
@@ -137,7 +139,7 @@ def _make(target: Path) -> None:
             archive.mkdir()
             _fill(archive)
             (filesystem / "manifest.json").write_text(json.dumps(tree(archive), indent=1))
-            dedupfs("mount", archive, view)
+            dedupfs("mount", "-o", "share=reference,domain=police/", archive, view)
             try:
                 dedupfs("settle", view)
                 dedupfs("authoritative", view, "inspections/a.jpg", "--pin")

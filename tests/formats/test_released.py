@@ -55,7 +55,9 @@ def manifest(filesystem: Path) -> dict[str, Any]:
 def mounted(archive: Path, tmp_path: Path) -> Iterator[Mounted]:
     """Not mounted yet; at the end fsck and the log are without complaints."""
     expected: list[str] = []
-    found = Mounted(archive, tmp_path / "view", options=("share=reference",), expected_log=expected, watchdog_s=60)
+    found = Mounted(
+        archive, tmp_path / "view", options=("share=reference", "domain=police/"), expected_log=expected, watchdog_s=60
+    )
     yield found
     found.finish()
 
@@ -64,7 +66,11 @@ def check(mounted: Mounted, manifest: dict[str, Any]) -> None:
     assert tree(mounted.mountpoint) == manifest
     mounted.settle()
     assert tree(mounted.mountpoint) == manifest
-    assert mounted.duplicates("permits/2024/one") == [b"inspections/one again", b"permits/caf\xe9 \xff\n.tif"]
+    others = [b"inspections/one again", b"permits/caf\xe9 \xff\n.tif", b"police/one", b"police/one again"]
+    assert mounted.duplicates("permits/2024/one") == others
+    blobs = sorted(path.name.partition(".")[2] for path in (mounted.store / "blobs").rglob("*.*") if path.is_file())
+    assert blobs == ["0", "0", "0", "256"]
+    assert mounted.run("report", mounted.mountpoint, "--json").json()["shared_across_domains"] == 0
     assert {mounted.state(path) for path in ("permits/2024/one", "permits/sparse too", "inspections/a.jpg")} == {
         "reference"
     }
@@ -78,11 +84,13 @@ def test_it_is_served_at_once(mounted: Mounted, manifest: dict[str, Any]) -> Non
     before = (mounted.store / "index/data.mdb").stat().st_ino
     mounted.start()
     status = mounted.status()
-    assert (status["scanning"], status["pending"], status["references"]) == (False, 0, 7)
+    assert (status["scanning"], status["pending"], status["references"]) == (False, 0, 9)
     assert (status["pictures_described"], status["pictures_waiting"]) == (2, 0)
     check(mounted, manifest)
     assert (mounted.store / "index/data.mdb").stat().st_ino == before
     assert os.listdir(mounted.store / "quarantine") == []
+    days = mounted.run("report", mounted.mountpoint, "--json").json()["history"]
+    assert days[0]["files"] == days[-1]["files"] == len([each for each in manifest.values() if "size" in each]) - 1
 
 
 def test_it_is_served_without_its_index(mounted: Mounted, manifest: dict[str, Any]) -> None:
@@ -148,7 +156,9 @@ def test_an_older_index_is_taken_over(mounted: Mounted, manifest: dict[str, Any]
     mounted.start()
     mounted.settle()
     assert mounted.duplicates("new") == [b"alone"]
-    assert mounted.duplicates("permits/2024/one") == [b"permits/caf\xe9 \xff\n.tif"]
+    assert mounted.duplicates("permits/2024/one") == [
+        *(b"permits/caf\xe9 \xff\n.tif", b"police/one", b"police/one again"),
+    ]
 
 
 def test_a_store_with_a_copy_of_its_index_can_be_left(archive: Path) -> None:

@@ -179,6 +179,31 @@ def test_report_of_a_mount(mounts: Mounts, tmp_path: Path) -> None:
     assert "50.0 kB" in (tmp_path / "page.html").read_text()
 
 
+def test_a_copy_of_a_store_is_mounted_beside_it(mounts: Mounts) -> None:
+    """As who restored a backup does, to look whether all is there."""
+    original = mounts.new().start()
+    data = os.urandom(50_000)
+    for name in ("one", "two"):
+        original.path(name).write_bytes(data)
+    original.settle()
+    original.unmount()
+
+    def copy(source: Path) -> None:
+        tool("cp", "-a", f"{original.backing}/.", source)
+
+    copied = mounts.new(prepare=copy)
+    copied.expect_log("describes another store, or this one before it was copied")
+    original.start()
+    copied.start()
+    for each in (original, copied):
+        assert each.status()["source"] == str(each.source)
+        assert each.path("two").read_bytes() == data
+    original.unmount()
+    assert copied.is_alive
+    copied.settle()
+    copied.unmount()
+
+
 def test_leave_and_gc_wait_for_the_mount_to_end(mounts: Mounts) -> None:
     mounted = mounts.new().start()
     data = os.urandom(50_000)

@@ -411,9 +411,17 @@ def test_these_need_the_store_to_themselves(shell: Shell, live: FakeMount, comma
     assert "umount" in shell.refusal(75, command, live.source)
 
 
-@pytest.mark.parametrize("command", ["restore", "scrub", "leave", "rebuild", "fsck", "gc", "report"])
+@pytest.mark.parametrize("command", ["restore", "scrub", "leave", "rebuild", "fsck", "gc"])
 def test_these_make_no_store(shell: Shell, source: Path, command: str) -> None:
     assert "no dedupfs store" in shell.refusal(66, command, source)
+    assert not (source / ".dedupfs").exists()
+
+
+def test_a_report_of_a_directory_makes_no_store(
+    shell: Shell, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert shell.json("report", source)["estimated"] is True
     assert not (source / ".dedupfs").exists()
 
 

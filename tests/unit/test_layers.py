@@ -33,6 +33,7 @@ LAYERS = [
     "backing",
     "readme",
     "store",
+    "history",
     "blobs",
     "trash",
     "imagetables",
