@@ -23,6 +23,7 @@ from .blobs import Blobs
 from .errors import DamagedContent, StoreError, Unavailable
 from .imagetables import Described
 from .index import Index
+from .magic import HEAD_BYTES, looks_like_picture
 from .model import ContentKey, FileState, ImageEntry, ImageState, ImageTotals, Ino, Stamp
 from .settle import Settler
 from .similar import Similar
@@ -43,20 +44,6 @@ _RETRY_S = 5.0  # after the index could not be written
 _PUT_BACK = 500
 _MOST_ENTRIES = 1000  # of a directory that are looked at, and
 _MOST_BESIDE = 64  # files of it a picture is compared with beside those that are near
-
-_HEAD_BYTES = 32
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-
-
-def looks_like_picture(head: bytes) -> bool:
-    """Whether a file that begins with these bytes claims to be a picture of a format that is known."""
-    return (
-        head.startswith(_MAGIC)
-        or (head.startswith(b"BM") and head[6:10] == bytes(4))
-        or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
-        or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
-    )
 
 
 def _nobody(contents: list[ContentKey]) -> None:
@@ -358,7 +345,7 @@ class Describer:
         return None
 
     def _describe_open(self, fd: int) -> Described:
-        if not looks_like_picture(os.pread(fd, _HEAD_BYTES, 0)):
+        if not looks_like_picture(os.pread(fd, HEAD_BYTES, 0)):
             return Described(ImageEntry(ImageState.NO_PICTURE))
         try:
             record, thumbnails = self._workers.describe(fd)

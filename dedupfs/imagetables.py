@@ -15,7 +15,7 @@ Reading is for any thread. Writing is done inside a Batch's transaction, or unde
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,13 +158,16 @@ class ImageTables:
 
     # -- changing: inside the transaction of a batch ------------------------------------------------------------------
 
-    def follow(self, txn: Transaction, contents: Iterable[ContentKey]) -> None:
-        """Files with these contents came or went: who has none any more goes, who has the first one waits."""
+    def follow(self, txn: Transaction, contents: Iterable[ContentKey], no_pictures: Collection[ContentKey]) -> None:
+        """Files with these contents came or went: who has none any more goes, who has the first one waits, unless it is
+        known to be no picture."""
         for content in contents:
             key = codec.encode_content(content)
             held = txn.get(key, db=self._holders) is not None
             known = txn.get(key, db=self._images)
-            if held and known is None:
+            if held and known is None and content in no_pictures:
+                txn.put(key, codec.encode_image_entry(ImageEntry(ImageState.NO_PICTURE)), db=self._images)
+            elif held and known is None:
                 self._put_into_backlog(txn, key, newest=True)
             elif not held and known is not None:
                 self._leave(txn, content, known)

@@ -504,6 +504,7 @@ class Batch:
         self._links: dict[Ino, dict[Link, bool]] = {}  # True: put, False: removed
         self._dirs: dict[Ino, Link | None] = {}
         self._described: dict[ContentKey, Described] = {}
+        self.no_pictures: set[ContentKey] = set()  # contents that do not begin like one
         self.learned: set[Ino] = set()  # directories that were looked at for this batch, with all above them
         self.dereferenced: set[ContentKey] = set()  # contents that a record of a reference was dropped of
         self._scrubbed: list[tuple[lmdb._Database, bytes, bytes | None]] = []  # None: removed
@@ -626,7 +627,7 @@ class Batch:
             contents: dict[ContentKey, None] = {}  # in the order in which their files came
             for ino, record in self._files.items():
                 contents.update(dict.fromkeys(self._write_file(txn, ino, record)))
-            index.images.follow(txn, contents)
+            index.images.follow(txn, contents, self.no_pictures)
             for content, described in self._described.items():
                 index.images.record(txn, content, described)
             for ino, changed in self._links.items():
@@ -651,6 +652,7 @@ class Batch:
         self._numbers.clear()
         self._links.clear()
         self._dirs.clear()
+        self.no_pictures.clear()
         self.learned.clear()
         self._scrubbed.clear()
         self._described.clear()

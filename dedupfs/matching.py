@@ -23,6 +23,7 @@ from .digest import DescriptorHasher, same_bytes
 from .errors import DamagedContent, StoreError
 from .index import Batch
 from .journal import Recording
+from .magic import HEAD_BYTES, looks_like_picture
 from .model import COLLISIONS, UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Stamp
 from .openfiles import InUse, Key, OpenFiles
 from .rules import EVERYTHING, SharingRules
@@ -189,6 +190,13 @@ class Matcher:
     def _match(self, batch: Batch, file: Settled, digest: Digest) -> ContentKey | None:
         """Put the file under a content, which is answered."""
         st = os.fstat(file.fd)
+        content = self._decide(batch, file, st, digest)
+        # Now that its bytes are in memory: who describes need not open what is no picture.
+        if content is not None and not looks_like_picture(os.pread(file.fd, HEAD_BYTES, 0)):
+            batch.no_pictures.add(content)
+        return content
+
+    def _decide(self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest) -> ContentKey | None:
         shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)
         for _, named in itertools.groupby(self._known_contents(batch, digest), lambda content: content.bytes_key):
             copies = [each for each in named if self._size_of(batch, each, file.key.ino) == st.st_size]

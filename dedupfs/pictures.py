@@ -22,18 +22,18 @@ from .authority import Candidate, Verdict, judge, rank
 from .backing import Backing
 from .claims import NamePattern
 from .decisions import NOT_SIMILAR, NOTE, PIN, UNPIN, Decisions
-from .describing import Describer, looks_like_picture
+from .describing import Describer
 from .digest import hash_descriptor
 from .duplicates import LONGEST_ANSWER_BYTES, Answers
 from .errors import SourceError, Unavailable, UsageError
 from .index import Index
 from .likeness import Likeness
+from .magic import HEAD_BYTES, looks_like_picture
 from .model import Alike, Caller, ContentKey, ImageEntry, ImageRecord, ImageState, Relation
 from .similar import Found, Similar
 from .workers import Refused, Workers
 
 _PATIENCE_S = 60.0
-_HEAD_BYTES = 32
 _FEW = 256
 
 # In which two versions of a photograph differ visibly.
@@ -140,7 +140,7 @@ class Pictures:
                 raise SourceError(f"{file} is not a file")
             digest = hash_descriptor(fd)
             identical = [ContentKey(digest, number) for number in self._index.numbers(digest)]
-            if not looks_like_picture(os.pread(fd, _HEAD_BYTES, 0)):
+            if not looks_like_picture(os.pread(fd, HEAD_BYTES, 0)):
                 raise SourceError(f"{file} is no picture of a known format")
             record, thumbnails = self._workers.describe(fd)
         except Refused as reason:

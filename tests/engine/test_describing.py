@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from dedupfs import describing
-from dedupfs.describing import looks_like_picture
 from dedupfs.errors import IndexDamaged
 from dedupfs.index import Batch
+from dedupfs.magic import looks_like_picture
 from dedupfs.model import ImageState, Ino
 from tests.engine.bench import Bench, impatient
 from tests.support import hostile
@@ -31,7 +31,7 @@ def test_without_a_mount_pictures_wait_for_one(bench: Bench) -> None:
     bench.write("one.jpg", picture())
     bench.write("text", b"no picture")
     bench.settle()
-    assert bench.status()["pictures_waiting"] == 2
+    assert bench.status()["pictures_waiting"] == 1
     bench.reopen(start=True)
     bench.settle()
     assert state_of(bench, "one.jpg") is ImageState.DESCRIBED
@@ -92,6 +92,17 @@ def test_one_content_is_described_once_from_file_or_blob(bench: Bench) -> None:
     bench.unlink("three.jpg")
     bench.settle()
     assert bench.status()["pictures_described"] == 0
+
+
+def test_what_is_no_picture_never_waits(bench: Bench) -> None:
+    """Settling has its first bytes in memory, and nobody opens it for them again."""
+    bench.write("notes.jpg", b"no picture, whatever it is called" * 200)
+    bench.write("again.txt", b"no picture, whatever it is called" * 200)
+    bench.write("one", picture())
+    bench.settle()
+    assert state_of(bench, "notes.jpg") is ImageState.NO_PICTURE
+    assert state_of(bench, "one") is ImageState.WAITING
+    assert bench.status()["pictures_waiting"] == 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF"])

@@ -23,6 +23,7 @@ LAYERS = [
     "config",
     "digest",
     "codec",
+    "magic",
     "raw",
     "phash",
     "likeness",
