@@ -95,7 +95,7 @@ class Settler:
         self._changed_at = 0.0  # when an app last changed something
         self._applied = 0  # journal entries that are in the index
         self._waiting = 0
-        self._asked: Counter[Ino] = Counter()  # files that somebody waits for: a batch ends for them, which is a flush
+        self._asked: Counter[Ino] = Counter()  # files that somebody waits for
         self._hurried = 0  # how many want everything done, whatever the hour and the rate
         self._owed_until_s = 0.0  # when the rate allows for all that was done; and if that is
         self._rest_until_s = 0.0  # some time ahead, when the next file may be taken
@@ -436,7 +436,9 @@ class Settler:
                 with self._condition:
                     self._spend(looked.size_bytes)
                     self._settled[ino] = self._working.pop(ino, item)
-                    if self._stopping or self._asked or time.monotonic() > deadline:
+                    # A batch that ends is a flush of the index: not for who waits for all of it, nor for the last.
+                    wanted = any(ino not in self._fresh and ino not in self._backlog for ino in self._asked)
+                    if self._stopping or wanted or time.monotonic() > deadline:
                         break
             self._apply_journal(batch)  # what sharing noted belongs into the same transaction
             applied = self._journal.appended - len(self._journal)
