@@ -46,6 +46,11 @@ _MOST_ENTRIES = 1000  # of a directory that are looked at, and
 _MOST_BESIDE = 64  # files of it a picture is compared with beside those that are near
 
 
+def _but_sealed(stamp: Stamp) -> Stamp:
+    """Of a blob, whose change time tells when it was sealed."""
+    return stamp._replace(ctime_ns=0)
+
+
 def _nobody(contents: list[ContentKey]) -> None:
     """Nobody wants to know."""
 
@@ -340,7 +345,7 @@ class Describer:
                 except OSError as error:
                     log.info("content %s cannot be read: %s", content.name, error)
                     continue
-                if Stamp.of(os.fstat(fd)) == stamp:
+                if stamp in (now := Stamp.of(os.fstat(fd)), _but_sealed(now)):
                     return described
         return None
 
@@ -362,18 +367,19 @@ class Describer:
                 continue
             paths = [] if record.state is FileState.REFERENCE else self._index.paths(ino, self._backing.root_ino)
             try:
-                if record.state is FileState.REFERENCE and self._blobs.usable(content):
-                    fd = self._blobs.open(content, record.stamp.size_bytes)
-                    try:
-                        yield fd, Stamp.of(os.fstat(fd))
-                    finally:
-                        os.close(fd)
                 for path in paths:
                     fd = self._backing.open_quietly(path)
                     try:
                         st = os.fstat(fd)
                         if st.st_ino == ino and Stamp.of(st) == record.stamp:
                             yield fd, record.stamp
+                    finally:
+                        os.close(fd)
+                # Also of a file that had its own bytes: it may have become a blob just now.
+                if self._blobs.usable(content):
+                    fd = self._blobs.open(content, record.stamp.size_bytes)
+                    try:
+                        yield fd, _but_sealed(Stamp.of(os.fstat(fd)))
                     finally:
                         os.close(fd)
             except (OSError, DamagedContent):

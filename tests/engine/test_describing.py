@@ -94,6 +94,30 @@ def test_one_content_is_described_once_from_file_or_blob(bench: Bench) -> None:
     assert bench.status()["pictures_described"] == 0
 
 
+def test_a_file_that_becomes_a_blob_just_now_is_described(bench: Bench) -> None:
+    """The tree has a reference in its place, and the index has not heard of that: who asks about it is answered."""
+    bench.reopen(start=True)
+    bench.write("one.jpg", picture())
+    bench.settle()
+    engine = bench.engine
+    record = engine.index.file(Ino(bench.below("one.jpg").stat().st_ino))
+    assert record is not None
+    assert engine.imaging is not None
+    describer, commit, described = engine.imaging.describer, engine.settler._commit, []
+
+    def look_and_commit(batch: Batch) -> None:
+        if bench.is_reference("one.jpg"):
+            described.append(describer._describe(record.content))
+        commit(batch)
+
+    engine.settler._commit = look_and_commit  # type: ignore[method-assign]
+    bench.write("two.jpg", picture())
+    bench.settle()
+    engine.settler._commit = commit  # type: ignore[method-assign]
+    assert described
+    assert None not in described
+
+
 def test_what_is_no_picture_never_waits(bench: Bench) -> None:
     """Settling has its first bytes in memory, and nobody opens it for them again."""
     bench.write("notes.jpg", b"no picture, whatever it is called" * 200)
