@@ -325,9 +325,7 @@ class Index:
         """
         with self._read() as txn, txn.cursor(self._holders) as cursor:
             found: list[tuple[ContentKey, list[Ino]]] = []
-            more = cursor.set_range(after) if after else cursor.first()
-            if more and after and cursor.key() == after:
-                more = cursor.next_nodup()
+            more = _go_to_next(cursor, after)
             while more:
                 key = cursor.key()
                 if cursor.count() >= smallest:
@@ -342,9 +340,7 @@ class Index:
         """Like `all_groups`, with the holders of all copies of the same bytes together: a few more than `limit`."""
         with self._read() as txn, txn.cursor(self._holders) as cursor:
             found: list[tuple[ContentKey, list[Ino]]] = []
-            more = cursor.set_range(after) if after else cursor.first()
-            if more and after and cursor.key() == after:
-                more = cursor.next_nodup()
+            more = _go_to_next(cursor, after)
             while more:
                 digest, copies = codec.decode_content(cursor.key()).digest, dict[ContentKey, list[bytes]]()
                 while more and (content := codec.decode_content(cursor.key())).digest == digest:
@@ -487,6 +483,13 @@ class _Reading:
         self._txn.abort()
         if isinstance(error, (lmdb.Error, StoreError)):
             raise _unreadable(error) from None
+
+
+def _go_to_next(cursor: lmdb.Cursor[bytes], after: bytes) -> bool:
+    """Put a cursor of a table with several values a key on the first key behind `after`, b"" for the first of all;
+    False when there is none."""
+    more = cursor.set_range(after) if after else cursor.first()
+    return cursor.next_nodup() if more and after and cursor.key() == after else more
 
 
 def _unreadable(error: Exception) -> IndexDamaged:

@@ -208,8 +208,8 @@ class Reconciler:
             missing.update(ino for ino, _ in chunk if not self._is_at_a_path(ino))
             after = chunk[-1][0]
         # Somebody who moves files behind our back can hide one from a walk; hardly from two.
-        for path, st in walk(self._backing, Census(), stopping) if missing else ():
-            if stat.S_ISREG(st.st_mode) and st.st_ino in missing:
+        for path, st in self._files(stopping) if missing else ():
+            if st.st_ino in missing:
                 missing.discard(Ino(st.st_ino))
                 self._look(path, st, Census())
                 self._settler.note(Found(Ino(st.st_ino), path))

@@ -2,8 +2,8 @@
 
 Files come from apps (written and closed: first) and from a scan. Queue and journal are in memory: a clean stop saves
 the queue in the index, and after an unclean one `reconcile` finds the same work by walking. The thread takes files one
-by one, lets `matching` settle each, and commits what was learned in one transaction a batch; whoever waits for an
-answer ends the batch. Nothing an app waits for otherwise happens here, and while apps are busy making files the thread
+by one, lets `matching` settle each, and commits what was learned in one transaction a batch; whoever waits for one file
+ends the batch. Nothing an app waits for otherwise happens here, and while apps are busy making files the thread
 holds back for a moment: requests want the interpreter too. In quiet hours, and where a rate is set after so much work,
 the queue rests: names are still written to the index, and files that somebody asks about are settled.
 

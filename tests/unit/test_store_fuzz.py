@@ -68,33 +68,31 @@ def lying_about(good: bytes) -> st.SearchStrategy[bytes]:
     return texts | damaged
 
 
-@examples()
-@given(data=st.data())
-def test_format(store: tuple[Path, Backing], data: st.DataObject) -> None:
-    directory, backing = store
-    path = directory / "format"
+@contextmanager
+def tampered_with(path: Path, data: st.DataObject) -> Iterator[None]:
+    """Inside, the file holds something else than it should."""
     good = path.read_bytes()
+    path.write_bytes(data.draw(lying_about(good)))
     try:
-        path.write_bytes(data.draw(lying_about(good)))
-        with refused_in_a_line():
-            Store(backing).close()
+        yield
     finally:
         path.write_bytes(good)
 
 
 @examples()
 @given(data=st.data())
+def test_format(store: tuple[Path, Backing], data: st.DataObject) -> None:
+    directory, backing = store
+    with tampered_with(directory / "format", data), refused_in_a_line():
+        Store(backing).close()
+
+
+@examples()
+@given(data=st.data())
 def test_rules(store: tuple[Path, Backing], data: st.DataObject) -> None:
     directory, backing = store
-    path = directory / "sharing.json"
-    good = path.read_bytes()
-    with Store(backing) as opened:
-        try:
-            path.write_bytes(data.draw(lying_about(good)))
-            with refused_in_a_line():
-                opened.read_rules().allow(b"a/b.jpg", 10_000)
-        finally:
-            path.write_bytes(good)
+    with Store(backing) as opened, tampered_with(directory / "sharing.json", data), refused_in_a_line():
+        opened.read_rules().allow(b"a/b.jpg", 10_000)
 
 
 @examples()
