@@ -16,7 +16,8 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 
 from . import codec
@@ -135,38 +136,29 @@ class Workers:
     def _compare(self, ours: Picture, others: list[Picture], *, cuts: bool) -> list[Likeness | None]:
         worker = self._take()
         found: list[Likeness | None] = []
-        try:
+        with self._ended_by_errors(worker):
             for start in range(0, len(others), _COMPARED_AT_ONCE):
                 some = others[start : start + _COMPARED_AT_ONCE]
                 found += worker.compare(ours, some, self._picture_s, cuts=cuts)
-        except BaseException:
-            self._discard(worker)
-            if self._closed:
-                raise Unavailable("the mount is going down") from None
-            raise
         self._put_back(worker)
         return found
 
     def _describe(self, fd: int) -> tuple[ImageRecord, Thumbnails]:
         worker = self._take()
-        try:
-            answer = worker.ask([fd], self._picture_s)
-            if answer[:1] != _DESCRIBED:
-                raise Refused(answer[1:].decode(errors="replace") or "refused without a reason")
-            description = codec.decode_description(answer[1:])
-            if description[0].version != self._version:
-                raise StoreError("of another version")
-        except Refused:
-            self._put_back(worker)
-            raise
-        except StoreError as error:
-            self._discard(worker)  # it is not what we started any more
-            raise Refused(f"its description is not one: {error}") from None
-        except BaseException:
-            self._discard(worker)
-            if self._closed:
-                raise Unavailable("the mount is going down") from None
-            raise
+        with self._ended_by_errors(worker, but=Refused):
+            try:
+                answer = worker.ask([fd], self._picture_s)
+                if answer[:1] != _DESCRIBED:
+                    raise Refused(answer[1:].decode(errors="replace") or "refused without a reason")
+                description = codec.decode_description(answer[1:])
+                if description[0].version != self._version:
+                    raise StoreError("of another version")
+            except Refused:
+                self._put_back(worker)
+                raise
+            except StoreError as error:
+                self._discard(worker)  # it is not what we started any more
+                raise Refused(f"its description is not one: {error}") from None
         self._put_back(worker)
         return description
 
@@ -211,14 +203,9 @@ class Workers:
             closed = self._closed
         if closed:
             worker.kill()
-        try:
+        with self._ended_by_errors(worker):
             if worker.wait_until_ready(_START_S) != self._version:
                 raise Unavailable("Pillow is another one than when the mount began; unmount and mount again")
-        except BaseException:
-            self._discard(worker)
-            if self._closed:
-                raise Unavailable("the mount is going down") from None
-            raise
         self.started += 1
         return worker
 
@@ -232,6 +219,20 @@ class Workers:
                 self._idle.append(worker)
                 return
         worker.end()
+
+    @contextmanager
+    def _ended_by_errors(self, worker: "_Worker", *, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+        """Inside, whatever is raised ends the worker, `but` that, which has seen to it. While all are being ended, that
+        is the reason: Unavailable."""
+        try:
+            yield
+        except but:
+            raise
+        except BaseException:
+            self._discard(worker)
+            if self._closed:
+                raise Unavailable("the mount is going down") from None
+            raise
 
     def _discard(self, worker: "_Worker") -> None:
         worker.end()
