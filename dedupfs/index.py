@@ -316,10 +316,8 @@ class Index:
         with self._read() as txn, txn.cursor(self._dirs) as cursor:
             return [(codec.decode_ino(key), codec.decode_link(value)) for key, value in cursor]
 
-    def all_groups(
-        self, after: bytes, limit: int, *, smallest: int = 2
-    ) -> tuple[list[tuple[ContentKey, list[Ino]]], bytes]:
-        """Contents with at least `smallest` holders, at most `limit`, from the position `after` (b"" to begin).
+    def all_groups(self, after: bytes, limit: int) -> tuple[list[tuple[ContentKey, list[Ino]]], bytes]:
+        """Contents and who holds them, at most `limit`, from the position `after` (b"" to begin).
 
         Also answers the position to go on from, b"" at the end.
         """
@@ -328,11 +326,10 @@ class Index:
             more = _go_to_next(cursor, after)
             while more:
                 key = cursor.key()
-                if cursor.count() >= smallest:
-                    inodes = [codec.decode_ino(value) for value in cursor.iternext_dup()]
-                    found.append((codec.decode_content(key), inodes))
-                    if len(found) == limit:
-                        return found, key
+                inodes = [codec.decode_ino(value) for value in cursor.iternext_dup()]
+                found.append((codec.decode_content(key), inodes))
+                if len(found) == limit:
+                    return found, key
                 more = cursor.next_nodup()
             return found, b""
 

@@ -45,14 +45,13 @@ _ASKED = 100
 
 
 class Looked(NamedTuple):
-    """What became of a file: the content that it was recorded with, None when it was not; and how many bytes of it
-    were looked at."""
+    """What became of a file."""
 
-    content: ContentKey | None
-    size_bytes: int
+    size_bytes: int  # of what was looked at
+    duplicate: ContentKey | None = None  # its content, if others had that, and it was not known to be this file's
 
 
-NOTHING = Looked(None, 0)
+NOTHING = Looked(0)
 
 
 class Records(Protocol):
@@ -130,14 +129,21 @@ class Matcher:
                 if is_in_another(self._backing, path):
                     self._count_foreign_reference(batch, file, st)
                     return NOTHING
+                before = batch.file(ino)
                 if self._record_reference(batch, file, st):
-                    recorded = batch.file(ino)
-                    return Looked(None if recorded is None else recorded.content, 0)
+                    return Looked(0, self._newly_referring(batch, ino, before))
                 if st.st_size - st.st_blocks * 512 > _MOST_HOLE_BYTES:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     batch.doubt_file(ino)
                     return NOTHING
-                return Looked(self._match(batch, file, self._digest(batch, file, written_digest())), st.st_size)
+                digest = self._digest(file, before, written_digest())
+                st = os.fstat(fd)
+                common = self._join(batch, file, st, digest)
+                content = common or self._begin(batch, file, st, before, digest)
+                # Now that its bytes are in memory: who describes need not open what is no picture.
+                if content is not None and not looks_like_picture(os.pread(fd, HEAD_BYTES, 0)):
+                    batch.no_pictures.add(content)
+                return Looked(st.st_size, None if before is not None and before.content == common else common)
             finally:
                 os.close(fd)
 
@@ -173,10 +179,16 @@ class Matcher:
         self._recording.put(batch, file.link, file.path, st, FileState.REFERENCE, reference.content)
         return True
 
-    def _digest(self, batch: Batch, file: Settled, digest: Digest | None) -> Digest:
-        known = batch.file(file.key.ino)
-        if known is not None and known.stamp == file.stamp and known.state is not FileState.REFERENCE:
-            return known.content.digest
+    def _newly_referring(self, batch: Batch, ino: Ino, before: FileRecord | None) -> ContentKey | None:
+        """What a reference was recorded with just now, if it had another content before, and others have this one."""
+        record = batch.file(ino)
+        if record is None or (before is not None and before.content == record.content):
+            return None
+        return record.content if any(self._others(batch, record.content, ino)) else None
+
+    def _digest(self, file: Settled, before: FileRecord | None, digest: Digest | None) -> Digest:
+        if before is not None and before.stamp == file.stamp and before.state is not FileState.REFERENCE:
+            return before.content.digest
         lease = file.leased = self._backing.take_read_lease(file.fd)
         if digest is None:
             digest = self._hash(file.fd, file.watch.checkpoint)
@@ -187,16 +199,9 @@ class Matcher:
             raise Changed("written meanwhile")
         return digest
 
-    def _match(self, batch: Batch, file: Settled, digest: Digest) -> ContentKey | None:
-        """Put the file under a content, which is answered."""
-        st = os.fstat(file.fd)
-        content = self._decide(batch, file, st, digest)
-        # Now that its bytes are in memory: who describes need not open what is no picture.
-        if content is not None and not looks_like_picture(os.pread(file.fd, HEAD_BYTES, 0)):
-            batch.no_pictures.add(content)
-        return content
-
-    def _decide(self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest) -> ContentKey | None:
+    def _join(self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest) -> ContentKey | None:
+        """Put the file under the content that it has in common with somebody, shared if it can be; None if there is
+        none."""
         shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)
         for _, named in itertools.groupby(self._known_contents(batch, digest), lambda content: content.bytes_key):
             copies = [each for each in named if self._size_of(batch, each, file.key.ino) == st.st_size]
@@ -207,10 +212,15 @@ class Matcher:
             if equal is not None:
                 self._recording.put(batch, file.link, file.path, st, FileState.PLAIN, equal)
                 return equal
+        return None
+
+    def _begin(
+        self, batch: Batch, file: Settled, st: os.stat_result, before: FileRecord | None, digest: Digest
+    ) -> ContentKey | None:
+        """Put the file under a content that nobody has; None if its digest is that of too many others."""
         taken = set(batch.numbers(digest))
-        known = batch.file(file.key.ino)
-        if known is not None and not any(self._others(batch, known.content, file.key.ino)):
-            taken.discard(known.content.collision if known.content.digest == digest else -1)
+        if before is not None and not any(self._others(batch, before.content, file.key.ino)):
+            taken.discard(before.content.collision if before.content.digest == digest else -1)
         taken = {number % COLLISIONS for number in taken}
         free = (ContentKey(digest, number) for number in range(COLLISIONS) if number not in taken)
         fresh = next((content for content in free if self._blobs.stat(content) is None), None)

@@ -187,7 +187,7 @@ class Scrubber:
         try:
             position = b""
             while True:
-                found, position = self._index.all_groups(position, _PAGE, smallest=1)
+                found, position = self._index.all_groups(position, _PAGE)
                 for content, holders in found:
                     known = self._index.verified(content)
                     if known is not None and known.scrub == scrub.number:

@@ -29,6 +29,7 @@ from .journal import Entry, Journal, Recording
 from .matching import NOTHING, Looked, Matcher
 from .model import ContentKey, Digest, FileState, Ino, Learned
 from .openfiles import Gate, GivenUp, InUse, Key, OpenFiles
+from .readahead import ReadAhead
 from .sharing import Changed
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Settler:
         self._backing, self._index, self._openfiles = backing, index, openfiles
         self._device, self._root = backing.device, backing.root_ino
         self._gate = gate
+        self._readahead = ReadAhead(backing)
         self._condition = threading.Condition(threading.Lock())
         self._fresh: dict[Ino, _Pending] = {}
         self._backlog: dict[Ino, _Pending] = {}
@@ -178,6 +180,7 @@ class Settler:
                 self._backlog.pop(ino, None)
             if ino not in self._fresh:
                 self._backlog.setdefault(ino, _Pending(path))
+                self._readahead.add(ino, path)
             self._condition.notify_all()
 
     @contextmanager
@@ -333,6 +336,7 @@ class Settler:
 
         Raises StoreError when the index cannot be written; then it does not agree with the tree any more.
         """
+        self._readahead.stop()
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
@@ -426,13 +430,9 @@ class Settler:
             while count < _BATCH_FILES and (taken := self._take(batch)) is not None:
                 count += 1
                 ino, item = taken
-                before = batch.file(ino)
                 looked = self._settle(batch, ino, item)
-                if looked.content is not None and (before is None or before.content != looked.content):
-                    holders = itertools.islice(batch.iter_holders(looked.content), 2)
-                    # A number of another domain's is given only to what has been found there.
-                    if looked.content != looked.content.bytes_key or any(other != ino for other in holders):
-                        learned.append((item, looked.content))
+                if looked.duplicate is not None:
+                    learned.append((item, looked.duplicate))
                 with self._condition:
                     self._spend(looked.size_bytes)
                     self._settled[ino] = self._working.pop(ino, item)
@@ -469,6 +469,7 @@ class Settler:
                     queue = self._fresh if ino in self._fresh else self._backlog
                     item = self._working[ino] = queue.pop(ino)
                     self._condition.notify_all()
+                    self._readahead.take(ino)
                     return ino, item
             self._apply_journal(batch)
 

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import xxhash
 
+from dedupfs import readahead
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.engine import rebuild
 from dedupfs.index import Batch
@@ -14,7 +16,7 @@ from dedupfs.model import Digest
 from dedupfs.reconcile import Stopped
 from tests.support.filesystems import remove_tree
 
-from .bench import BLOCK, Bench, Meeting, Tampered, content, in_thread, silent
+from .bench import BLOCK, PATIENCE_S, Bench, Meeting, Tampered, content, in_thread, silent
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
@@ -104,6 +106,32 @@ def test_a_scan_can_be_stopped_and_goes_on(bench: Bench) -> None:
     assert not bench.engine.settler.index_is_complete
     bench.scan()
     assert bench.refs("d0/file") == 50
+
+
+def test_files_are_read_before_they_are_hashed(bench: Bench) -> None:
+    """While the first one is in hand, the kernel is asked for those that follow, and for all of them in the end."""
+    never_seen(bench)
+    count = 2 * readahead._MOST_FILES
+    for number in range(count):
+        bench.put(f"file {number}", content(f"{number}", BLOCK + number))
+    backing = Tampered(bench.source)
+    asked: set[object] = set()
+    several = threading.Event()
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "will_need":
+            asked.add(arguments[0])
+            if len(asked) == readahead._MOST_FILES // 2:
+                several.set()
+        elif name == "open_quietly":
+            assert several.wait(PATIENCE_S)
+
+    backing.before = before
+    bench.open(backing=backing)
+    bench.scan()
+    ahead = bench.engine.settler._readahead
+    assert (ahead._waiting, ahead._ahead, ahead._ahead_bytes) == ({}, {}, 0)
+    backing.before = lambda name, arguments: None
 
 
 def test_what_may_have_a_duplicate_is_settled_first(bench: Bench) -> None:

@@ -384,8 +384,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a digest is believed whatever the stamp says", "matching",
-        "if known is not None and known.stamp == file.stamp and known.state",
-        "if known is not None and known.state",
+        "if before is not None and before.stamp == file.stamp and before.state",
+        "if before is not None and before.state",
         3, (_ENGINE + "test_sharing.py", _ENGINE + "test_reconcile.py::test_changes_behind_our_back"),
     ),
     Mutation(

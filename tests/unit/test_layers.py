@@ -32,6 +32,7 @@ LAYERS = [
     "png",
     # storage
     "backing",
+    "readahead",
     "readme",
     "store",
     "history",
