@@ -8,38 +8,14 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from .. import __version__
 from ..config import debugging
 from ..control import describe
 from ..errors import EXIT_INTERNAL, EXIT_OS_ERROR, DedupfsError, UsageError
-from . import (
-    authoritative,
-    config,
-    conflicts,
-    diff,
-    duplicates,
-    estimate,
-    find,
-    fsck,
-    gc,
-    groups,
-    health,
-    leave,
-    mount,
-    not_similar,
-    rebuild,
-    report,
-    restore,
-    scan,
-    scrub,
-    settle,
-    similar,
-    status,
-    umount,
-    watch,
-)
 from .output import printable
 
 EXIT_INTERRUPTED = 130
@@ -75,10 +51,11 @@ exit codes:
   130  interrupted
 """
 
+# In the order in which --help lists them. Each is a module of this package.
 _COMMANDS = (
-    *(estimate, mount, umount, status, health, settle, duplicates, report),
-    *(similar, find, groups, authoritative, not_similar, conflicts, diff, watch),
-    *(scan, scrub, restore, leave, rebuild, fsck, gc, config),
+    *("estimate", "mount", "umount", "status", "health", "settle", "duplicates", "report"),
+    *("similar", "find", "groups", "authoritative", "not-similar", "conflicts", "diff", "watch"),
+    *("scan", "scrub", "restore", "leave", "rebuild", "fsck", "gc", "config"),
 )
 
 
@@ -93,8 +70,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         self._action_max_length = 14  # argparse forgets that commands are indented, and breaks the line of the longest
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The whole command line; the manual pages are made from it, too."""
+def make_parser(names: Sequence[str] = _COMMANDS) -> argparse.ArgumentParser:
+    """The command line, as far as these commands go; the manual pages are made from the whole of it."""
     parser = _Parser(
         prog="dedupfs",
         description=_DESCRIPTION,
@@ -104,8 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dedupfs {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in _COMMANDS:
-        command.add(commands)
+    for name in names:
+        import_module("." + name.replace("-", "_"), __name__).add(commands)
     return parser
 
 
@@ -114,7 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file name is the bytes it is
     try:
-        arguments = make_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        # What the other commands import would take longer to load than most commands take to run.
+        named = [name for name in words[:1] if name in _COMMANDS]
+        arguments = make_parser(named or _COMMANDS).parse_args(words)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code

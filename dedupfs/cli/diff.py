@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import png
 from ..errors import SourceError, UsageError
+from ..likeness import compare, compare_cuts
 from ..workers import Refused, Workers
 from .output import add_json, print_json, printable
 
@@ -58,8 +59,6 @@ def _opened(stack: ExitStack, path: str) -> int:
 
 
 def _compared(workers: Workers, *pictures: tuple[str, int]) -> dict[str, Any]:
-    from ..likeness import compare, compare_cuts  # loads numpy, which all other commands do without
-
     described = []
     for path, fd in pictures:
         try:

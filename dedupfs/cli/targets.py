@@ -5,14 +5,16 @@ import os
 import pwd
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import control
 from ..config import MountOptions, instance_file, instance_path, read_configuration
-from ..engine import Engine
 from ..errors import Busy, NotMounted, SourceError, UsageError
 from ..model import STORE_DIRECTORY, Progress
 from .output import progress_shown
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 
 def ask(mount: str, command: str, arguments: Mapping[str, object]) -> Any:
@@ -25,13 +27,15 @@ def ask(mount: str, command: str, arguments: Mapping[str, object]) -> Any:
 
 
 def ask_or_open(
-    target: str, command: str, arguments: Mapping[str, object], offline: Callable[[Engine, Progress], object]
+    target: str, command: str, arguments: Mapping[str, object], offline: Callable[["Engine", Progress], object]
 ) -> Any:
     """What the running mount answers, or where there is none what `offline` does with the store."""
     socket_path = control.find_mount(target)
     with progress_shown() as progress:
         if socket_path is not None:
             return control.call(socket_path, command, arguments, progress)
+        from ..engine import Engine  # asking a mount does without
+
         with closing(Engine(target, MountOptions())) as engine:
             return offline(engine, progress)
 

@@ -102,7 +102,7 @@ OWNERS = {
 LATE = {
     ("mount", "metrics"),  # slow to load, and only who asks for metrics needs it
     ("claims", "re2"),  # large, and most commands and mounts do without
-    ("cli.diff", "likeness"),  # loads numpy, which all other commands do without
+    ("cli.targets", "engine"),  # slow to load, and commands that ask a mount do without
     ("engine", "imaging"),  # loads numpy, which commands without a mount do without
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
