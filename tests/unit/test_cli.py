@@ -194,6 +194,17 @@ def test_wrong_usage(shell: Shell, arguments: list[str]) -> None:
 # -- asking a mount
 
 
+@pytest.mark.parametrize("command", ["status", "settle", "duplicates", "similar", "health", "watch", "authoritative"])
+def test_who_asks_a_mount_loads_little(command: str) -> None:
+    """Scripts ask once a file; numpy and the index take longer to load than the answer takes."""
+    script = (
+        f"import sys; from dedupfs.cli import main; code = main([{command!r}, '--help'])\n"
+        "sys.exit(code or str(sorted({'numpy', 'lmdb', 'mfusepy', 'rich', 'PIL', 'dedupfs.engine'} & {*sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "[]"
+
+
 def test_status(shell: Shell, live: FakeMount) -> None:
     live.answers["status"] = STATUS
     assert shell.json("status", live.source) == STATUS
