@@ -1,7 +1,7 @@
-"""The life of a mount: checked, built once, served, taken down in order; started in the background; unmounted.
+"""The life of a mount: checked, built once, served, taken down in order; started in the background.
 
 `serve` is the daemon: it runs in the foreground of its process and is the only place where an engine, a control socket
-and a FUSE session meet. `spawn` runs such a process in the background. `unmount` ends one.
+and a FUSE session meet. `spawn` runs such a process in the background.
 """
 
 import errno
@@ -9,7 +9,6 @@ import faulthandler
 import logging
 import os
 import resource
-import select
 import shutil
 import signal
 import stat
@@ -26,9 +25,10 @@ from . import control
 from .backing import Backing
 from .config import FUSE_CONFIGURATION, MountOptions, control_directory, notify_socket, user_may_allow_other
 from .engine import Engine
-from .errors import Busy, DedupfsError, NotMounted, SourceError, Unavailable, UsageError
+from .errors import Busy, DedupfsError, SourceError, Unavailable, UsageError
 from .model import STORE_DIRECTORY, Progress
 from .notify import Herald
+from .unmount import FUSERMOUNT
 
 if TYPE_CHECKING:
     from .pictures import Pictures
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 LOG = STORE_DIRECTORY + b"/daemon.log"
 
 _FUSE_DEVICE = "/dev/fuse"
-_FUSERMOUNT = "fusermount3"
 _READY = b"ready\n"
 
 
@@ -307,8 +306,8 @@ def _check_directory(path: str) -> None:
 def _check_user(mountpoint: str, options: MountOptions) -> None:
     if not os.access(_FUSE_DEVICE, os.R_OK | os.W_OK):
         raise Unavailable(f"{_FUSE_DEVICE} may not be opened by this user; ask the administrator, or mount as root")
-    if shutil.which(_FUSERMOUNT) is None:
-        raise Unavailable(f"{_FUSERMOUNT} is missing, without which only root can mount; install the package fuse3")
+    if shutil.which(FUSERMOUNT) is None:
+        raise Unavailable(f"{FUSERMOUNT} is missing, without which only root can mount; install the package fuse3")
     if not os.access(mountpoint, os.W_OK):
         raise SourceError(f"{mountpoint} is not writable for this user, who therefore may not mount over it")
     if options.allow_other and not user_may_allow_other():
@@ -405,88 +404,3 @@ class _LogHandler(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
-
-
-# -- unmounting -------------------------------------------------------------------------------------------------------
-
-
-def unmount(mountpoint: str) -> None:
-    """Unmount, and return when the daemon has ended, so that its store is closed and marked clean.
-
-    The dead mount of a killed daemon is removed. Raises NotMounted, Busy while something in it is in use, Unavailable,
-    OSError.
-    """
-    mountpoint = os.path.realpath(mountpoint)
-    try:
-        socket_path = control.mount_at(mountpoint)
-    except NotMounted:
-        if _mounted_type(mountpoint) != control.FUSE_TYPE:
-            raise NotMounted(
-                f"{mountpoint} is a dead mount, but not one of dedupfs; run umount -l {mountpoint}"
-            ) from None
-        _run_unmount(mountpoint, lazy=True)
-        return
-    if socket_path is None:
-        raise NotMounted(f"no dedupfs is mounted at {mountpoint}")
-    daemon = os.pidfd_open(control.daemon_pid(socket_path))
-    try:
-        _run_unmount(mountpoint, lazy=False)
-        ended = select.poll()
-        ended.register(daemon, select.POLLIN)
-        ended.poll()
-    finally:
-        os.close(daemon)
-
-
-def is_dead(mountpoint: str) -> bool:
-    """Whether a killed daemon's mount is there."""
-    try:
-        control.mount_at(os.path.realpath(mountpoint))
-    except NotMounted:
-        return _mounted_type(os.path.realpath(mountpoint)) == control.FUSE_TYPE
-    except (UsageError, SourceError):
-        pass  # deeper in another mount, or not there
-    return False
-
-
-def _run_unmount(mountpoint: str, *, lazy: bool) -> None:
-    if shutil.which(_FUSERMOUNT) is not None:
-        command = [_FUSERMOUNT, "-u", *(["-z"] if lazy else [])]
-    elif os.geteuid() == 0:
-        command = ["umount", *(["-l"] if lazy else [])]
-    else:
-        raise Unavailable(f"{_FUSERMOUNT} is missing, without which only root can unmount; install the package fuse3")
-    done = subprocess.run(
-        [*command, "--", mountpoint],
-        env={**os.environ, "LC_ALL": "C"},  # the reason has to be recognised
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        check=False,
-    )
-    if done.returncode == 0:
-        return
-    reason = " ".join(done.stderr.split())
-    if "busy" in reason:
-        raise Busy(
-            f"{mountpoint} is in use; close what is open in it (fuser -vm {mountpoint} shows what) and try again"
-        )
-    raise OSError(errno.EPERM, f"cannot unmount: {reason}", mountpoint)
-
-
-def _mounted_type(mountpoint: str) -> str | None:
-    """What /proc says is mounted there last: the one way to ask about a mount that answers nothing."""
-    found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            fields, _, filesystem = line.partition(" - ")
-            if _unescape(fields.split(" ")[4]) == mountpoint:
-                found = filesystem.split(" ", 1)[0]
-    return found
-
-
-def _unescape(field: str) -> str:
-    for character in " \t\n\\":
-        field = field.replace(f"\\{ord(character):03o}", character)
-    return field

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from .. import mount
+from .. import unmount
 from .output import add_json, print_json
 from .targets import add_instance, named
 
@@ -25,8 +25,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(arguments: argparse.Namespace) -> int:
     mountpoint = named(arguments.mountpoint, arguments.instance)
-    if not arguments.if_dead or mount.is_dead(mountpoint):
-        mount.unmount(mountpoint)
+    if not arguments.if_dead or unmount.is_dead(mountpoint):
+        unmount.unmount(mountpoint)
     if arguments.json:
         print_json({"mountpoint": os.path.realpath(mountpoint)})
     return 0

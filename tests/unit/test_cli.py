@@ -194,7 +194,9 @@ def test_wrong_usage(shell: Shell, arguments: list[str]) -> None:
 # -- asking a mount
 
 
-@pytest.mark.parametrize("command", ["status", "settle", "duplicates", "similar", "health", "watch", "authoritative"])
+@pytest.mark.parametrize(
+    "command", ["status", "settle", "duplicates", "similar", "health", "umount", "watch", "authoritative"]
+)
 def test_who_asks_a_mount_loads_little(command: str) -> None:
     """Scripts ask once a file; numpy and the index take longer to load than the answer takes."""
     script = (

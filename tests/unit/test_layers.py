@@ -80,6 +80,7 @@ LAYERS = [
     "metrics",
     "libfuse",
     "fusefs",
+    "unmount",
     "mount",
     "page",
     "cli",

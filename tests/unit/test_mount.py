@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 
-from dedupfs import mount
+from dedupfs import mount, unmount
 from dedupfs.engine import Engine
 from dedupfs.errors import SourceError, UsageError
 from dedupfs.model import Progress
@@ -79,7 +79,7 @@ def test_the_store_is_not_there(engine: Recorder, path: str) -> None:
     [("/a", "/a"), (r"/a\040b", "/a b"), (r"/\134040", r"/\040"), (r"/\011\012\134", "/\t\n\\"), ("/\xe9", "/\xe9")],
 )
 def test_mount_table_fields(field: str, path: str) -> None:
-    assert mount._unescape(field) == path
+    assert unmount._unescape(field) == path
 
 
 def test_a_dry_run_is_one_only_when_asked_for(engine: Recorder) -> None:

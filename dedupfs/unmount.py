@@ -1,0 +1,94 @@
+"""Unmounting, and waiting for the daemon to end; removing what is left of one that was killed."""
+
+import errno
+import os
+import select
+import shutil
+import subprocess
+
+from . import control
+from .errors import Busy, NotMounted, SourceError, Unavailable, UsageError
+
+FUSERMOUNT = "fusermount3"
+
+
+def unmount(mountpoint: str) -> None:
+    """Unmount, and return when the daemon has ended, so that its store is closed and marked clean.
+
+    The dead mount of a killed daemon is removed. Raises NotMounted, Busy while something in it is in use, Unavailable,
+    OSError.
+    """
+    mountpoint = os.path.realpath(mountpoint)
+    try:
+        socket_path = control.mount_at(mountpoint)
+    except NotMounted:
+        if _mounted_type(mountpoint) != control.FUSE_TYPE:
+            raise NotMounted(
+                f"{mountpoint} is a dead mount, but not one of dedupfs; run umount -l {mountpoint}"
+            ) from None
+        _run_unmount(mountpoint, lazy=True)
+        return
+    if socket_path is None:
+        raise NotMounted(f"no dedupfs is mounted at {mountpoint}")
+    daemon = os.pidfd_open(control.daemon_pid(socket_path))
+    try:
+        _run_unmount(mountpoint, lazy=False)
+        ended = select.poll()
+        ended.register(daemon, select.POLLIN)
+        ended.poll()
+    finally:
+        os.close(daemon)
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether a killed daemon's mount is there."""
+    try:
+        control.mount_at(os.path.realpath(mountpoint))
+    except NotMounted:
+        return _mounted_type(os.path.realpath(mountpoint)) == control.FUSE_TYPE
+    except (UsageError, SourceError):
+        pass  # deeper in another mount, or not there
+    return False
+
+
+def _run_unmount(mountpoint: str, *, lazy: bool) -> None:
+    if shutil.which(FUSERMOUNT) is not None:
+        command = [FUSERMOUNT, "-u", *(["-z"] if lazy else [])]
+    elif os.geteuid() == 0:
+        command = ["umount", *(["-l"] if lazy else [])]
+    else:
+        raise Unavailable(f"{FUSERMOUNT} is missing, without which only root can unmount; install the package fuse3")
+    done = subprocess.run(
+        [*command, "--", mountpoint],
+        env={**os.environ, "LC_ALL": "C"},  # the reason has to be recognised
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        check=False,
+    )
+    if done.returncode == 0:
+        return
+    reason = " ".join(done.stderr.split())
+    if "busy" in reason:
+        raise Busy(
+            f"{mountpoint} is in use; close what is open in it (fuser -vm {mountpoint} shows what) and try again"
+        )
+    raise OSError(errno.EPERM, f"cannot unmount: {reason}", mountpoint)
+
+
+def _mounted_type(mountpoint: str) -> str | None:
+    """What /proc says is mounted there last: the one way to ask about a mount that answers nothing."""
+    found = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            fields, _, filesystem = line.partition(" - ")
+            if _unescape(fields.split(" ")[4]) == mountpoint:
+                found = filesystem.split(" ", 1)[0]
+    return found
+
+
+def _unescape(field: str) -> str:
+    for character in " \t\n\\":
+        field = field.replace(f"\\{ord(character):03o}", character)
+    return field
