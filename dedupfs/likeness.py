@@ -316,7 +316,10 @@ _TEXTURED = 2.5  # standard deviation of a block that has something to compare, 
 _BLOCK_NCC = 0.7
 _CURVE_POINTS = 16
 _PATCH_SIGMA = 1.5
-_DIFFERENT = 13.0  # levels, in the mean over a patch, once tones are matched
+# Once tones are matched, in the mean over a patch; as many times one level and what _USUAL of the pixels of that grey,
+# and of the greys next to it, stay below, which counts up to _MOST_USUAL levels.
+_DIFFERENT = 3.25
+_USUAL, _MOST_USUAL = 0.75, 8.0
 
 
 _CUT_SCALES = (0.95, 0.9, 0.8, 0.7)
@@ -392,7 +395,7 @@ def _overlay(ours: Floats, theirs: Floats, far: int, form: int, trimmed: tuple[b
     if 1 - ncc > _MOVING_PAYS * (1 - plain_ncc) or blocks < plain_blocks:
         matrix, moved, inside, ncc, blocks = IDENTITY, upright, all_inside, plain_ncc, plain_blocks
     expected = _with_tones_of(moved, theirs, inside)
-    differing = _differing_blocks(np.abs(theirs - expected), inside)
+    differing = _differing_blocks(moved, theirs, expected, inside)
     tone = float(np.abs(expected - moved)[inside].mean()) if inside.any() else 0.0
     return _View(far, form, trimmed, ncc, blocks, matrix, differing, tone)
 
@@ -531,10 +534,33 @@ def _slope(places: Floats, values: Floats) -> float:
     return min(max(float(values[1] - values[0]) / run, 0.0), 3.0) if run > 1 else 1.0
 
 
-def _differing_blocks(far: Floats, inside: Bits) -> list[tuple[int, int]]:
-    """Blocks in which the two are not the same picture, where most others are."""
-    near = np.where(inside, far, 0.0)
-    usual = float(np.median(near[inside])) if inside.any() else 0.0
-    patches = _blurred(near, _PATCH_SIGMA)
-    found = np.argwhere(patches > max(_DIFFERENT, 5 * usual))
-    return sorted({(int(row) // _BLOCK, int(column) // _BLOCK) for row, column in found})
+def _differing_blocks(ours: Floats, theirs: Floats, expected: Floats, inside: Bits) -> list[tuple[int, int]]:
+    """Blocks in which the two are not the same picture, where most others are. `expected`: `ours` in tones of `theirs`.
+
+    What became white, or black, in one of them is lost to it, and looks as if something were laid over the other one;
+    from this one to that nothing is lost. So a place differs only if it does both ways. With signs, since what is
+    sharper in one than in the other is as much brighter as it is darker, near by.
+    """
+    there = _beyond(ours, theirs - expected, inside)
+    back = _beyond(theirs, ours - _with_tones_of(theirs, ours, inside), inside)
+    patches = np.abs(_blurred(np.where(np.abs(there) < np.abs(back), there, -back), _PATCH_SIGMA))
+    return sorted({(int(row) // _BLOCK, int(column) // _BLOCK) for row, column in np.argwhere(patches > _DIFFERENT)})
+
+
+def _beyond(levels: Floats, difference: Floats, inside: Bits) -> Floats:
+    """By how many times of what is usual there, and one level, the two differ at each place; 0 outside.
+
+    What is usual depends on `levels`: where one channel of a colour is full, that colour does not become brighter with
+    the others of its grey. A large overlay of one grey is not usual.
+    """
+    found = np.zeros_like(difference)
+    order = np.flatnonzero(inside)[np.argsort(levels[inside], kind="stable")]
+    if len(order) < _SIDE:
+        return found
+    far = np.abs(difference).ravel()
+    parts = np.array_split(order, _CURVE_POINTS)
+    usual = [float(np.partition(far[part], rank := int(_USUAL * len(part)))[rank]) for part in parts]
+    for number, part in enumerate(parts):
+        most = min(max(usual[max(number - 1, 0) : number + 2]), _MOST_USUAL)
+        found.ravel()[part] = difference.ravel()[part] / (1 + most)
+    return found
