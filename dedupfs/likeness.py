@@ -11,7 +11,7 @@ however alike, and sheets of one form a template.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -207,8 +207,8 @@ class _View:
     ncc: float
     blocks: float
     matrix: Floats  # 2 x 3, from places in `other` to places in the picture, both from -1 to 1
-    differing: list[tuple[int, int]]  # row and column of blocks
-    tone: float  # by how much levels changed where nothing else did, in the mean
+    differing: list[tuple[int, int]] = field(default_factory=list)  # row and column of blocks
+    tone: float = 0.0  # by how much levels changed where nothing else did, in the mean
 
     @property
     def score(self) -> float:
@@ -270,13 +270,14 @@ def _best_view(
                     proposals.append((far, form, our_trim, their_trim, levels, levels_of(their_thumbnail)))
     proposals.sort(key=lambda proposal: (proposal[0] + 8 * (proposal[2] or proposal[3]), proposal[1:4]))
     best: _View | None = None
+    compared = None
     for far, form, our_trim, their_trim, levels, their_levels in proposals[:4]:
         view = _overlay(levels, their_levels, far, form, (our_trim, their_trim))
         if _agrees(view) and (best is None or view.score > best.score + 0.02):
-            best = view
+            best, compared = view, (levels, their_levels)
             if far <= _NEAR_BITS:
                 break
-    return best
+    return best if best is None or compared is None else _looked_closer(best, *compared)
 
 
 def _agrees(view: _View) -> bool:
@@ -342,7 +343,7 @@ def _cut_of(whole: Floats, part: Floats) -> _View | None:
     ncc, blocks = _agreement(moved, part, inside)
     if ncc < _CUT_NCC or blocks < _CUT_BLOCKS:
         return None
-    return _View(0, UPRIGHT, (False, False), ncc, blocks, matrix, [], 0.0)
+    return _View(0, UPRIGHT, (False, False), ncc, blocks, matrix)
 
 
 def _windows(levels: Floats) -> tuple[Floats, list[Floats]]:
@@ -394,10 +395,16 @@ def _overlay(ours: Floats, theirs: Floats, far: int, form: int, trimmed: tuple[b
     # Moving has to pay: noise moves everything a little.
     if 1 - ncc > _MOVING_PAYS * (1 - plain_ncc) or blocks < plain_blocks:
         matrix, moved, inside, ncc, blocks = IDENTITY, upright, all_inside, plain_ncc, plain_blocks
+    return _View(far, form, trimmed, ncc, blocks, matrix)
+
+
+def _looked_closer(view: _View, ours: Floats, theirs: Floats) -> _View:
+    """With the places where the two differ, and by how much tones do. As dear as laying the one over the other."""
+    moved, inside = (ours, np.ones(ours.shape, dtype=np.bool_)) if view.matrix is IDENTITY else _warp(ours, view.matrix)
     expected = _with_tones_of(moved, theirs, inside)
     differing = _differing_blocks(moved, theirs, expected, inside)
     tone = float(np.abs(expected - moved)[inside].mean()) if inside.any() else 0.0
-    return _View(far, form, trimmed, ncc, blocks, matrix, differing, tone)
+    return replace(view, differing=differing, tone=tone)
 
 
 IDENTITY: Floats = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -517,10 +524,8 @@ def _with_tones_of(moved: Floats, theirs: Floats, inside: Bits) -> Floats:
     levels = moved[inside]
     if len(levels) < _SIDE:
         return moved
-    order = np.argsort(levels, kind="stable")
-    ours, others = np.array_split(levels[order], _CURVE_POINTS), np.array_split(theirs[inside][order], _CURVE_POINTS)
-    places = np.array([float(np.median(part)) for part in ours])
-    values = np.array([float(np.median(part)) for part in others])
+    parts, _ = _parts(levels)
+    places, values = np.median(levels[parts], axis=1), np.median(theirs[inside][parts], axis=1)
     # On to the darkest and the brightest pixels in a straight line.
     first, last = _slope(places[:2], values[:2]), _slope(places[-2:], values[-2:])
     places = np.concatenate([[places[0] - 256], places, [places[-1] + 256]])
@@ -554,13 +559,22 @@ def _beyond(levels: Floats, difference: Floats, inside: Bits) -> Floats:
     the others of its grey. A large overlay of one grey is not usual.
     """
     found = np.zeros_like(difference)
-    order = np.flatnonzero(inside)[np.argsort(levels[inside], kind="stable")]
-    if len(order) < _SIDE:
+    if np.count_nonzero(inside) < _SIDE:
         return found
-    far = np.abs(difference).ravel()
-    parts = np.array_split(order, _CURVE_POINTS)
-    usual = [float(np.partition(far[part], rank := int(_USUAL * len(part)))[rank]) for part in parts]
-    for number, part in enumerate(parts):
-        most = min(max(usual[max(number - 1, 0) : number + 2]), _MOST_USUAL)
-        found.ravel()[part] = difference.ravel()[part] / (1 + most)
+    parts, rest = _parts(levels[inside])
+    differences = difference[inside]
+    rank = int(_USUAL * parts.shape[1])
+    usual = np.partition(np.abs(differences[parts]), rank, axis=1)[:, rank]
+    around = np.maximum(usual, np.maximum(np.append(usual[1:], 0), np.append(0, usual[:-1])))
+    scale = 1 + np.minimum(around, _MOST_USUAL)
+    differences[parts] /= scale[:, None]
+    differences[rest] /= scale[-1]
+    found[inside] = differences
     return found
+
+
+def _parts(levels: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Which are the darkest, the next, and so on, in rows of the same length; and the few brightest that are left."""
+    order = np.argsort(levels, kind="stable")
+    even = len(order) // _CURVE_POINTS * _CURVE_POINTS
+    return order[:even].reshape(_CURVE_POINTS, -1), order[even:]
