@@ -25,6 +25,7 @@ Bits = NDArray[np.bool_]
 # Nearest views: what is proposed. Distinct photographs lie 127 ± 8 bits apart.
 UPRIGHT_RADIUS = 84
 TURNED_RADIUS = 64
+_WHOLE_RADIUS = 64  # pictures of which one has a border that the other has not are further apart, as a rule
 
 _NEAR_BITS = 24
 _SAME_BLOCKS, _SAME_NCC = 0.8, 0.9  # up to _NEAR_BITS: either
@@ -277,7 +278,15 @@ def _best_view(
             best, compared = view, (levels, their_levels)
             if far <= _NEAR_BITS:
                 break
-    return best if best is None or compared is None else _looked_closer(best, *compared)
+    if best is None or compared is None:
+        return None
+    if best.form == UPRIGHT and all(best.trimmed) and best.is_moved:
+        # What looks like a border, sky, say, is in both: a border that was added leaves the rest where it is.
+        far, levels, their_levels = distance(record.phash, other.phash), levels_of(ours[0][2]), levels_of(theirs[0][2])
+        whole = _overlay(levels, their_levels, far, UPRIGHT, (False, False))
+        if far <= _WHOLE_RADIUS and _agrees(whole):
+            best, compared = whole, (levels, their_levels)
+    return _looked_closer(best, *compared)
 
 
 def _agrees(view: _View) -> bool:
