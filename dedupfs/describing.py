@@ -121,6 +121,20 @@ class Describer:
         with self._patiently():
             return self._condition.wait_for(lambda: self._idle or self._ended(), timeout_s)
 
+    def wait_for_few(self, most: int, timeout_s: float) -> None:
+        """Wait until the pictures that wait by now are described, but for what cannot be read now, if there are no more
+        than `most`."""
+        waiting = set(self._index.images.waiting(most + 1))
+        if len(waiting) > most:
+            return
+
+        def done() -> bool:
+            waiting.difference_update([each for each in waiting if each in self._later or not self._waits(each)])
+            return not waiting or self._ended()
+
+        with self._patiently():
+            self._condition.wait_for(done, timeout_s)
+
     def wait_loaded(self, timeout_s: float) -> bool:
         """Wait until what was described before is known to the search."""
         with self._patiently():

@@ -85,6 +85,10 @@ class Answers:
             self._settler.offer(key.ino, path)  # changed behind our back, or not scanned yet
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
+    def wait_for_others(self, most: int, timeout_s: float) -> None:
+        """Wait until other files that were closed by now are settled, if there are no more than `most`."""
+        self._settler.wait_for_few(most, timeout_s)
+
     def paths(self, content: ContentKey) -> list[bytes]:
         """Every path of the tree with this content, not with other copies of the same bytes."""
         return list(self.iter_paths(content))

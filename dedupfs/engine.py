@@ -28,7 +28,7 @@ from .index import Index
 from .journal import Recording
 from .matching import Matcher
 from .model import UNKNOWN_PATH, Caller, ContentKey, Damage, FileState, Ino, Progress
-from .openfiles import Gate, Key, OpenFiles
+from .openfiles import RELEASE_S, Gate, Key, OpenFiles
 from .orphans import Orphans
 from .reconcile import Reconciler, Stopped
 from .report import Report
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NOT_DESCRIBING = "only a mount that is not read-only describes"
-_RELEASE_S = 2.0  # how long a close() may take to reach us
 _HISTORY_S = 3600.0
 _HEALING_S = 600.0  # how long a scrub waits for a copy to be settled, which may be behind others
 
@@ -309,7 +308,7 @@ class Engine:
 
     def _settle(self, progress: Progress, before: int) -> None:
         for _ in range(3):  # what a reader just closed is shared at its release, which is on the way
-            closed = self.openfiles.wait_until_closed(None, _RELEASE_S)
+            closed = self.openfiles.wait_until_closed(None, RELEASE_S)
             while not self._is_idle():
                 progress("settling", self.settler.settled - before, None)
                 if not self._running:
@@ -318,7 +317,7 @@ class Engine:
                     self._scanner.join(0.5)
             if not closed or self.openfiles.wait_until_closed(None, 0):
                 break  # it is open elsewhere, or nothing is
-        self.settler.wait_until_removed(_RELEASE_S)
+        self.settler.wait_until_removed(RELEASE_S)
 
     def _is_idle(self) -> bool:
         scanning = self._scanner is not None and self._scanner.is_alive()

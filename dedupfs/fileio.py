@@ -211,7 +211,7 @@ class FileIo:
     def flush(self, handle: Handle) -> None:
         """An app closed one of its descriptors. Raises what the backing filesystem has to report only then (EIO,
         EDQUOT on network filesystems)."""
-        handle.flushed = True
+        handle.flushed, handle.outlasted = True, False
         os.close(os.dup(handle.own_fd))
 
     def release(self, handle: Handle) -> None:

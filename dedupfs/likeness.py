@@ -11,7 +11,7 @@ however alike, and sheets of one form a template.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ Bits = NDArray[np.bool_]
 # Nearest views: what is proposed. Distinct photographs lie 127 ± 8 bits apart.
 UPRIGHT_RADIUS = 84
 TURNED_RADIUS = 64
+_WHOLE_RADIUS = 64  # pictures of which one has a border that the other has not are further apart, as a rule
 
 _NEAR_BITS = 24
 _SAME_BLOCKS, _SAME_NCC = 0.8, 0.9  # up to _NEAR_BITS: either
@@ -207,8 +208,8 @@ class _View:
     ncc: float
     blocks: float
     matrix: Floats  # 2 x 3, from places in `other` to places in the picture, both from -1 to 1
-    differing: list[tuple[int, int]]  # row and column of blocks
-    tone: float  # by how much levels changed where nothing else did, in the mean
+    differing: list[tuple[int, int]] = field(default_factory=list)  # row and column of blocks
+    tone: float = 0.0  # by how much levels changed where nothing else did, in the mean
 
     @property
     def score(self) -> float:
@@ -270,13 +271,22 @@ def _best_view(
                     proposals.append((far, form, our_trim, their_trim, levels, levels_of(their_thumbnail)))
     proposals.sort(key=lambda proposal: (proposal[0] + 8 * (proposal[2] or proposal[3]), proposal[1:4]))
     best: _View | None = None
+    compared = None
     for far, form, our_trim, their_trim, levels, their_levels in proposals[:4]:
         view = _overlay(levels, their_levels, far, form, (our_trim, their_trim))
         if _agrees(view) and (best is None or view.score > best.score + 0.02):
-            best = view
+            best, compared = view, (levels, their_levels)
             if far <= _NEAR_BITS:
                 break
-    return best
+    if best is None or compared is None:
+        return None
+    if best.form == UPRIGHT and all(best.trimmed) and best.is_moved:
+        # What looks like a border, sky, say, is in both: a border that was added leaves the rest where it is.
+        far, levels, their_levels = distance(record.phash, other.phash), levels_of(ours[0][2]), levels_of(theirs[0][2])
+        whole = _overlay(levels, their_levels, far, UPRIGHT, (False, False))
+        if far <= _WHOLE_RADIUS and _agrees(whole):
+            best, compared = whole, (levels, their_levels)
+    return _looked_closer(best, *compared)
 
 
 def _agrees(view: _View) -> bool:
@@ -316,7 +326,10 @@ _TEXTURED = 2.5  # standard deviation of a block that has something to compare, 
 _BLOCK_NCC = 0.7
 _CURVE_POINTS = 16
 _PATCH_SIGMA = 1.5
-_DIFFERENT = 13.0  # levels, in the mean over a patch, once tones are matched
+# Once tones are matched, in the mean over a patch; as many times one level and what _USUAL of the pixels of that grey,
+# and of the greys next to it, stay below, which counts up to _MOST_USUAL levels.
+_DIFFERENT = 3.25
+_USUAL, _MOST_USUAL = 0.75, 8.0
 
 
 _CUT_SCALES = (0.95, 0.9, 0.8, 0.7)
@@ -339,7 +352,7 @@ def _cut_of(whole: Floats, part: Floats) -> _View | None:
     ncc, blocks = _agreement(moved, part, inside)
     if ncc < _CUT_NCC or blocks < _CUT_BLOCKS:
         return None
-    return _View(0, UPRIGHT, (False, False), ncc, blocks, matrix, [], 0.0)
+    return _View(0, UPRIGHT, (False, False), ncc, blocks, matrix)
 
 
 def _windows(levels: Floats) -> tuple[Floats, list[Floats]]:
@@ -391,10 +404,16 @@ def _overlay(ours: Floats, theirs: Floats, far: int, form: int, trimmed: tuple[b
     # Moving has to pay: noise moves everything a little.
     if 1 - ncc > _MOVING_PAYS * (1 - plain_ncc) or blocks < plain_blocks:
         matrix, moved, inside, ncc, blocks = IDENTITY, upright, all_inside, plain_ncc, plain_blocks
+    return _View(far, form, trimmed, ncc, blocks, matrix)
+
+
+def _looked_closer(view: _View, ours: Floats, theirs: Floats) -> _View:
+    """With the places where the two differ, and by how much tones do. As dear as laying the one over the other."""
+    moved, inside = (ours, np.ones(ours.shape, dtype=np.bool_)) if view.matrix is IDENTITY else _warp(ours, view.matrix)
     expected = _with_tones_of(moved, theirs, inside)
-    differing = _differing_blocks(np.abs(theirs - expected), inside)
+    differing = _differing_blocks(moved, theirs, expected, inside)
     tone = float(np.abs(expected - moved)[inside].mean()) if inside.any() else 0.0
-    return _View(far, form, trimmed, ncc, blocks, matrix, differing, tone)
+    return replace(view, differing=differing, tone=tone)
 
 
 IDENTITY: Floats = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -514,10 +533,8 @@ def _with_tones_of(moved: Floats, theirs: Floats, inside: Bits) -> Floats:
     levels = moved[inside]
     if len(levels) < _SIDE:
         return moved
-    order = np.argsort(levels, kind="stable")
-    ours, others = np.array_split(levels[order], _CURVE_POINTS), np.array_split(theirs[inside][order], _CURVE_POINTS)
-    places = np.array([float(np.median(part)) for part in ours])
-    values = np.array([float(np.median(part)) for part in others])
+    parts, _ = _parts(levels)
+    places, values = np.median(levels[parts], axis=1), np.median(theirs[inside][parts], axis=1)
     # On to the darkest and the brightest pixels in a straight line.
     first, last = _slope(places[:2], values[:2]), _slope(places[-2:], values[-2:])
     places = np.concatenate([[places[0] - 256], places, [places[-1] + 256]])
@@ -531,10 +548,42 @@ def _slope(places: Floats, values: Floats) -> float:
     return min(max(float(values[1] - values[0]) / run, 0.0), 3.0) if run > 1 else 1.0
 
 
-def _differing_blocks(far: Floats, inside: Bits) -> list[tuple[int, int]]:
-    """Blocks in which the two are not the same picture, where most others are."""
-    near = np.where(inside, far, 0.0)
-    usual = float(np.median(near[inside])) if inside.any() else 0.0
-    patches = _blurred(near, _PATCH_SIGMA)
-    found = np.argwhere(patches > max(_DIFFERENT, 5 * usual))
-    return sorted({(int(row) // _BLOCK, int(column) // _BLOCK) for row, column in found})
+def _differing_blocks(ours: Floats, theirs: Floats, expected: Floats, inside: Bits) -> list[tuple[int, int]]:
+    """Blocks in which the two are not the same picture, where most others are. `expected`: `ours` in tones of `theirs`.
+
+    What became white, or black, in one of them is lost to it, and looks as if something were laid over the other one;
+    from this one to that nothing is lost. So a place differs only if it does both ways. With signs, since what is
+    sharper in one than in the other is as much brighter as it is darker, near by.
+    """
+    there = _beyond(ours, theirs - expected, inside)
+    back = _beyond(theirs, ours - _with_tones_of(theirs, ours, inside), inside)
+    patches = np.abs(_blurred(np.where(np.abs(there) < np.abs(back), there, -back), _PATCH_SIGMA))
+    return sorted({(int(row) // _BLOCK, int(column) // _BLOCK) for row, column in np.argwhere(patches > _DIFFERENT)})
+
+
+def _beyond(levels: Floats, difference: Floats, inside: Bits) -> Floats:
+    """By how many times of what is usual there, and one level, the two differ at each place; 0 outside.
+
+    What is usual depends on `levels`: where one channel of a colour is full, that colour does not become brighter with
+    the others of its grey. A large overlay of one grey is not usual.
+    """
+    found = np.zeros_like(difference)
+    if np.count_nonzero(inside) < _SIDE:
+        return found
+    parts, rest = _parts(levels[inside])
+    differences = difference[inside]
+    rank = int(_USUAL * parts.shape[1])
+    usual = np.partition(np.abs(differences[parts]), rank, axis=1)[:, rank]
+    around = np.maximum(usual, np.maximum(np.append(usual[1:], 0), np.append(0, usual[:-1])))
+    scale = 1 + np.minimum(around, _MOST_USUAL)
+    differences[parts] /= scale[:, None]
+    differences[rest] /= scale[-1]
+    found[inside] = differences
+    return found
+
+
+def _parts(levels: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Which are the darkest, the next, and so on, in rows of the same length; and the few brightest that are left."""
+    order = np.argsort(levels, kind="stable")
+    even = len(order) // _CURVE_POINTS * _CURVE_POINTS
+    return order[:even].reshape(_CURVE_POINTS, -1), order[even:]

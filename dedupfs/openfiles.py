@@ -27,6 +27,7 @@ from .model import ContentKey, Ino, Reference, Stamp
 
 _TICK_NS = 10**9
 _UNANNOUNCED_S = 0.3
+RELEASE_S = 2.0  # how long a close() may take to reach us
 
 
 class Key(NamedTuple):
@@ -193,6 +194,7 @@ class Handle:
     was_read: bool = False
     silent: bool = False  # we hear of its release only, not of the close() before it
     flushed: bool = False  # a writer's close() was seen: its release is on the way, if that was no duplicate
+    outlasted: bool = False  # somebody waited for its release in vain, since the last close() that was seen
 
 
 @dataclass(slots=True, eq=False)
@@ -399,6 +401,30 @@ class OpenFiles:
         with self._condition:
             self._condition.wait_for(lambda: not waiting(announced=True), timeout_s)
             return self._condition.wait_for(lambda: not waiting(announced=False), min(timeout_s, _UNANNOUNCED_S))
+
+    def wait_for_releases(self, timeout_s: float) -> None:
+        """Wait until writers that seem to have closed, of whatever file, are released; for each of them once, so that a
+        file that stays open (a duplicate of its descriptor was closed, or we hear nothing of a close) costs one who
+        asks a moment, and not everybody."""
+        deadline = time.monotonic() + timeout_s
+        with self._condition:
+            writers = [
+                handle
+                for inode in self._inodes.values()
+                if inode.dirty
+                for handle in inode.handles
+                if handle.writes and (handle.flushed or handle.silent) and not handle.outlasted
+            ]
+
+            def left() -> list[Handle]:
+                return [handle for handle in writers if handle in handle.inode.handles]
+
+            self._condition.wait_for(lambda: not left(), min(timeout_s, _UNANNOUNCED_S))
+            self._condition.wait_for(
+                lambda: not any(handle.flushed for handle in left()), max(deadline - time.monotonic(), 0.0)
+            )
+            for handle in left():
+                handle.outlasted = True
 
     def handles_of(self, key: Key) -> list[Handle]:
         with self._condition:

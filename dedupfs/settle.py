@@ -28,7 +28,7 @@ from .index import Batch, Index
 from .journal import Entry, Journal, Recording
 from .matching import NOTHING, Looked, Matcher
 from .model import ContentKey, Digest, FileState, Ino, Learned
-from .openfiles import Gate, GivenUp, InUse, Key, OpenFiles
+from .openfiles import RELEASE_S, Gate, GivenUp, InUse, Key, OpenFiles
 from .readahead import ReadAhead
 from .sharing import Changed
 
@@ -211,7 +211,7 @@ class Settler:
     def wait_settled(self, key: Key, timeout_s: float) -> bool:
         """Wait until this file is settled and every name as of now is in the index. False when that took too long."""
         deadline = time.monotonic() + timeout_s
-        self._openfiles.wait_until_closed(key, min(timeout_s, 2.0))
+        self._openfiles.wait_until_closed(key, min(timeout_s, RELEASE_S))
         queues = (self._fresh, self._backlog, self._working, self._settled)
         with self._condition:
             self._asked[key.ino] += 1
@@ -226,6 +226,21 @@ class Settler:
     def wait_noted(self, timeout_s: float) -> bool:
         """Wait until every name as of now is in the index. False when that took too long."""
         return self._wait(lambda: True, timeout_s)
+
+    def wait_for_few(self, most: int, timeout_s: float) -> None:
+        """Wait until the files that were closed by now are settled, if there are no more than `most`: for who asks what
+        there is beside a file, and means those written just before. Files that rest are not waited for."""
+        deadline = time.monotonic() + timeout_s
+        self._openfiles.wait_for_releases(min(timeout_s, RELEASE_S))
+        queues = (self._fresh, self._backlog, self._working, self._settled)
+        with self._condition:
+            if sum(map(len, queues)) > most:
+                return
+            pending = {ino for queue in queues for ino in queue}
+        self._wait(
+            lambda: self._rests() or not any(ino in queue for ino in pending for queue in queues),
+            deadline - time.monotonic(),
+        )
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing at all is pending."""

@@ -124,6 +124,9 @@ def test_pictures_wait_and_one_that_is_asked_about_does_not(quiet: Bench, hours:
     assert quiet.status()["pictures_waiting"] == 3
     assert quiet.xattr("1.jpg", "phash")
     assert state_of(quiet, "1.jpg") is ImageState.DESCRIBED
+    quiet.write("rests.jpg", picture(4))
+    assert quiet.xattr("1.jpg", "similar") == b""  # and does not wait for that one
+    assert quiet.status()["pending"] == 1
     hours.until = ""
     quiet.wait_for(lambda: quiet.status()["pictures_waiting"] == 0)
     hours.until = "18:00"

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def similar_of(mounted: Mounted, path: str) -> dict[str, str]:
         assert 0 <= int(distance) <= 256
         found[os.fsdecode(other)] = relation.decode()
     return found
+
+
+def similar_by_attribute(mounted: Mounted) -> list[str]:
+    return list(similar_of(mounted, "0.jpg"))
+
+
+def similar_by_command(mounted: Mounted) -> list[str]:
+    answer = mounted.run("similar", mounted.mountpoint, "0.jpg", "--json").json()
+    return [found["path"] for found in answer["similar"]]
 
 
 def errno_of(mounted: Mounted, path: str, name: str) -> int:
@@ -125,6 +135,23 @@ def test_who_writes_and_then_asks_gets_the_answer(mounted: Mounted) -> None:
         assert len(similar_of(mounted, path)) == number
     about = json.loads(mounted.xattr("0.jpg", "image"))
     assert about == {"format": "JPEG", "width": image.width, "height": image.height, "taken": None}
+
+
+@ONE_FLAVOUR
+@pytest.mark.parametrize("ask", [similar_by_attribute, similar_by_command])
+def test_who_asks_hears_of_what_was_written_after_it(mounted: Mounted, ask: Callable[[Mounted], list[str]]) -> None:
+    """Without any settle, and beside a file that is still being written."""
+    image = picture()
+    mounted.path("0.jpg").write_bytes(jpeg(image, 95))
+    assert ask(mounted) == []
+    with open(mounted.path("unfinished.jpg"), "wb") as unfinished:
+        unfinished.write(jpeg(image, 80)[:5000])
+        unfinished.flush()
+        for number in range(1, 13):
+            mounted.path(f"{number}.jpg").write_bytes(jpeg(image, 95 - number))
+        assert len(ask(mounted)) == 12
+        mounted.path("last.jpg").write_bytes(jpeg(image, 60))
+        assert len(ask(mounted)) == 13
 
 
 @ONE_FLAVOUR

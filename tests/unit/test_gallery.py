@@ -5,9 +5,10 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from dedupfs.gallery import Gallery, columns_of
-from dedupfs.likeness import FORMS, distance, form_of, hash_of, levels_of
+from dedupfs.likeness import FORMS, UPRIGHT_RADIUS, distance, form_of, hash_of, levels_of
 from dedupfs.model import ContentKey, Digest, ImageRecord, Thumbnails
 from tests.unit.test_authority import RECORD
 
@@ -55,6 +56,24 @@ def test_it_finds_all_eight_forms() -> None:
             gallery.add([(content(form), [changed(hash_of(form_of(levels, form)), 12, noise)])])
         found = {one.digest[-1] for far, one in gallery.near(record, thumbnails, 100) if far <= 20}
         assert found == set(range(8))
+
+
+def test_it_finds_the_same_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = random.Random(5)
+    gallery = Gallery()
+    record, thumbnails = picture(noise)
+    hashes = [[changed(record.phash, noise.randint(0, 128), noise) for _ in range(2)] for _ in range(3000)]
+    gallery.add([(content(number), views) for number, views in enumerate(hashes)])
+    alone = gallery.near(record, thumbnails, 5000)
+    assert alone == sorted(
+        (nearest, content(number))
+        for number, views in enumerate(hashes)
+        if (nearest := min(distance(record.phash, view) for view in views)) <= UPRIGHT_RADIUS
+    )
+    monkeypatch.setattr("dedupfs.gallery._WORTH_A_THREAD", 1000)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
+    assert gallery.near(record, thumbnails, 5000) == alone
+    assert gallery.near(record, thumbnails, 7) == alone[:7]
 
 
 def test_the_distance_of_columns_is_the_distance_of_hashes() -> None:

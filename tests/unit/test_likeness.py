@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from dedupfs import phash
 from dedupfs.likeness import (
@@ -81,6 +81,14 @@ def blot(image: Image.Image) -> Image.Image:
     return changed
 
 
+def stamp(image: Image.Image) -> Image.Image:
+    """A date in small letters."""
+    changed, size = image.copy(), image.height // 22
+    place = (image.width - 10 * size, image.height - 2 * size)
+    ImageDraw.Draw(changed).text(place, "02.01.2026 03:04", fill="yellow", font=ImageFont.load_default(size))
+    return changed
+
+
 WAYS: dict[str, tuple[Callable[[Image.Image], Image.Image], dict[str, Any], str]] = {
     "compressed": (lambda image: image, {"quality": 40}, "recompressed"),
     "png": (lambda image: image, {"kind": "PNG"}, "recompressed"),
@@ -88,6 +96,9 @@ WAYS: dict[str, tuple[Callable[[Image.Image], Image.Image], dict[str, Any], str]
     "left": (lambda image: image.transpose(Image.Transpose.ROTATE_90), {}, "rotated"),
     "mirrored": (lambda image: ImageOps.mirror(image), {}, "rotated"),
     "transverse": (lambda image: image.transpose(Image.Transpose.TRANSVERSE), {}, "rotated"),
+    "brighter": (lambda image: ImageEnhance.Brightness(image).enhance(1.25), {}, "tone"),
+    "sharper": (lambda image: image.filter(ImageFilter.UnsharpMask(3, 150)), {}, "recompressed"),
+    "stamp": (lambda image: stamp(image), {}, "annotated"),
     "darker": (lambda image: ImageEnhance.Brightness(image).enhance(0.6), {}, "tone"),
     "pale": (lambda image: ImageEnhance.Contrast(image).enhance(0.5), {}, "tone"),
     "grey": (lambda image: image.convert("L"), {}, "tone"),

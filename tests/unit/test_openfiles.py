@@ -427,3 +427,23 @@ def test_waiting_for_a_writer_that_may_have_closed(files: OpenFiles, descriptor:
     files.release(writer, nothing)
     waiter.ends()
     assert files.wait_until_closed(None, 0)
+
+
+def test_waiting_for_releases_of_whatever_file(files: OpenFiles, descriptor: Callable[[], int]) -> None:
+    """Each is waited for once."""
+    silent = files.register(KEY, descriptor(), writes=True)
+    silent.inode.dirty, silent.silent = True, True
+    announced = files.register(OTHER, descriptor(), writes=True)
+    announced.inode.dirty = announced.flushed = True
+    waiter = Worker(lambda: files.wait_for_releases(_PATIENCE_S))
+    assert waiter.waits()
+    files.release(announced, nothing)
+    waiter.ends()
+    assert silent.outlasted
+    files.wait_for_releases(_PATIENCE_S)
+    # until another close() is seen
+    silent.flushed, silent.outlasted = True, False
+    waiter = Worker(lambda: files.wait_for_releases(_PATIENCE_S))
+    assert waiter.waits()
+    files.release(silent, nothing)
+    waiter.ends()
