@@ -5,18 +5,21 @@ import os
 import select
 import shutil
 import subprocess
+from collections.abc import Callable
 
 from . import control
 from .errors import Busy, NotMounted, SourceError, Unavailable, UsageError
 
 FUSERMOUNT = "fusermount3"
 
+_PATIENCE_S = 5
 
-def unmount(mountpoint: str) -> None:
+
+def unmount(mountpoint: str, still_there: Callable[[int], None]) -> None:
     """Unmount, and return when the daemon has ended, so that its store is closed and marked clean.
 
-    The dead mount of a killed daemon is removed. Raises NotMounted, Busy while something in it is in use, Unavailable,
-    OSError.
+    `still_there` is called once, with the daemon's process ID, when that takes long. The dead mount of a killed daemon
+    is removed. Raises NotMounted, Busy while something in it is in use, Unavailable, OSError.
     """
     mountpoint = os.path.realpath(mountpoint)
     try:
@@ -30,12 +33,15 @@ def unmount(mountpoint: str) -> None:
         return
     if socket_path is None:
         raise NotMounted(f"no dedupfs is mounted at {mountpoint}")
-    daemon = os.pidfd_open(control.daemon_pid(socket_path))
+    pid = control.daemon_pid(socket_path)
+    daemon = os.pidfd_open(pid)
     try:
         _run_unmount(mountpoint, lazy=False)
         ended = select.poll()
         ended.register(daemon, select.POLLIN)
-        ended.poll()
+        if not ended.poll(_PATIENCE_S * 1000):
+            still_there(pid)
+            ended.poll()
     finally:
         os.close(daemon)
 

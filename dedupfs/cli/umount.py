@@ -2,10 +2,15 @@
 
 import argparse
 import os
+import sys
 
 from .. import unmount
 from .output import add_json, print_json
 from .targets import add_instance, named
+
+_STILL_THERE = """\
+dedupfs: it is unmounted here, but the daemon (process {pid}) has not ended, and is waited for: it writes down what it \
+knows, or a container or another mount namespace has the mount still"""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(arguments: argparse.Namespace) -> int:
     mountpoint = named(arguments.mountpoint, arguments.instance)
     if not arguments.if_dead or unmount.is_dead(mountpoint):
-        unmount.unmount(mountpoint)
+        unmount.unmount(mountpoint, lambda pid: print(_STILL_THERE.format(pid=pid), file=sys.stderr))
     if arguments.json:
         print_json({"mountpoint": os.path.realpath(mountpoint)})
     return 0

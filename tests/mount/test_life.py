@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -607,6 +609,34 @@ def test_a_mount_in_use_is_not_ended(mounted: Mounted) -> None:
         file.write(b"still writing")
     assert path.read_bytes() == b"still writing"
     assert mounted.is_alive
+
+
+@needs_root
+@ONE_FLAVOUR
+def test_a_mount_that_a_container_has_still(mounted: Mounted) -> None:
+    """Who unmounts is told why it does not end, and waits."""
+    container = subprocess.Popen(
+        ["unshare", "--mount", "--propagation=private", "sh", "-c", "echo; exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with container:
+        assert container.stdin is not None
+        assert container.stdout is not None
+        container.stdout.readline()  # it has its own mounts now
+        command = [sys.executable, "-m", "dedupfs", "umount", str(mounted.mountpoint)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as umount:
+            assert umount.stderr is not None
+            line = umount.stderr.readline()
+            assert f"process {mounted.pid}" in line
+            assert "another mount namespace" in line
+            assert not is_mountpoint(mounted.mountpoint)
+            assert mounted.is_alive
+            container.stdin.close()
+            assert umount.wait(30) == 0
+            assert umount.stderr.read() == ""
+    mounted.wait_until_ended()
+    assert (mounted.store / "clean").exists()
 
 
 # --- an ordinary user
