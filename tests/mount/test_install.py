@@ -100,6 +100,19 @@ def test_systemd_is_told(mounts: Mounts, tmp_path: Path) -> None:
             last = systemd.recv(4096).decode()
 
 
+def set_in_the_unit(name: str) -> list[str]:
+    """The words of a setting that may be given several times."""
+    unit = (REPOSITORY / "systemd" / "dedupfs@.service").read_text()
+    return [word for line in re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE) for word in line.split()]
+
+
+def test_the_unit_lets_workers_shut_themselves_in() -> None:
+    """What `sandbox` does needs more than a daemon otherwise does, and systemd's filters cannot be had without it."""
+    assert {"CAP_SYS_CHROOT", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"} <= set(set_in_the_unit("CapabilityBoundingSet"))
+    assert {"net", "ipc", "uts"} <= set(set_in_the_unit("RestrictNamespaces"))
+    assert {"@mount", "landlock_create_ruleset", "landlock_restrict_self"} <= set(set_in_the_unit("SystemCallFilter"))
+
+
 @needs_root
 @references
 def test_with_no_more_than_the_unit_grants(mounts: Mounts, tmp_path: Path) -> None:
@@ -110,10 +123,10 @@ def test_with_no_more_than_the_unit_grants(mounts: Mounts, tmp_path: Path) -> No
     ]
     bounds = ",".join(["-all", *("+" + word.removeprefix("CAP_").lower() for word in granted)])
     mounted = mounts.new()
+    command = (sys.executable, "-m", "dedupfs", "mount", "--foreground")
     with told(tmp_path / "notify") as systemd:
         daemon = subprocess.Popen(
-            ["setpriv", f"--bounding-set={bounds}", "--no-new-privs", sys.executable, "-m", "dedupfs"]
-            + ["mount", "--foreground", mounted.source, mounted.mountpoint],
+            ["setpriv", f"--bounding-set={bounds}", "--no-new-privs", *command, mounted.source, mounted.mountpoint],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "NOTIFY_SOCKET": str(tmp_path / "notify")},
             stderr=subprocess.PIPE,
             text=True,
