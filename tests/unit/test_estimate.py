@@ -40,7 +40,9 @@ def archives(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def look(tmp_path: Path, *directories: Path) -> Estimate:
-    return estimate([str(path) for path in directories], cache=str(tmp_path / "cache" / "x"), progress=silent)
+    return estimate(
+        [str(path) for path in directories], cache=str(tmp_path / "cache" / "x"), progress=silent, exact=True
+    )
 
 
 def test_sums(tmp_path: Path, archives: tuple[Path, Path]) -> None:
@@ -83,7 +85,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, archives: tuple[Path, Path])
 
     cache = str(tmp_path / "cache" / "x")
     with pytest.raises(KeyboardInterrupt):
-        estimate([str(path) for path in archives], cache=cache, progress=interrupt)
+        estimate([str(path) for path in archives], cache=cache, progress=interrupt, exact=True)
     assert look(tmp_path, *archives).cached_files > 0
 
 
@@ -130,7 +132,7 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path, archives: tuple[P
                     file.write(b"more")
 
     written: list[str] = []
-    found = estimate([str(path) for path in archives], cache=str(tmp_path / "x"), progress=write)
+    found = estimate([str(path) for path in archives], cache=str(tmp_path / "x"), progress=write, exact=True)
     assert {reason for _, reason in found.unreadable} == {"was changed meanwhile"}
 
 

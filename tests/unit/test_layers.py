@@ -70,6 +70,8 @@ LAYERS = [
     "fsck",
     "gc",
     "leave",
+    "survey",
+    "lookalikes",
     "estimate",
     # edges
     "hardlinks",
@@ -103,6 +105,7 @@ LATE = {
     ("claims", "re2"),  # large, and most commands and mounts do without
     ("cli.diff", "likeness"),  # loads numpy, which all other commands do without
     ("engine", "imaging"),  # loads numpy, which commands without a mount do without
+    ("estimate", "lookalikes"),  # the same
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
     ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before
