@@ -19,7 +19,6 @@ from .model import THUMBNAIL_SIDE
 
 _MOST_FOLDERS = 12  # in the matrix, and bars; the rest is summed up
 _MOST_MONTHS = 24
-_LONGEST_BAR = 75  # % of what there is beside the names; the rest is for its size
 _MOST_NAMES, _NAMES_BELOW = 6, 3  # of files that have the same bytes, in a table and below a picture
 _SHOWN_PIXELS = 128
 _OTHERS = "all other folders"
@@ -29,15 +28,15 @@ _STYLE = """
 :root { color-scheme: light; --ink: #1b2430; --faint: #5c6875; --line: #d9dee4; --own: #3f6fb0; --twice: #e08a2c; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 0 auto; padding: 1.5rem;
-  max-width: 62rem; }
+  max-width: 62rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p.note, caption, .legend { color: var(--faint); font-size: .9rem; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 .fact { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
-.fact b { display: block; font-size: 1.2rem; }
+.fact b { display: block; font-size: 1.1rem; overflow-wrap: normal; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.day { white-space: nowrap; }
+td.day { white-space: nowrap; } th { overflow-wrap: normal; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; }
 .matrix th.n { white-space: normal; min-width: 5rem; vertical-align: bottom; overflow-wrap: anywhere; }
@@ -50,9 +49,9 @@ figure b { display: block; } figure img { display: block; border: 1px solid var(
 .cluster > p { width: 100%; margin: 0; }
 svg { width: 100%; max-width: 46rem; height: auto; display: block; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
-.bars { display: grid; grid-template-columns: fit-content(12rem) 1fr; gap: .4rem .7rem; align-items: center;
+.bars { display: grid; grid-template-columns: fit-content(35%) 1fr; gap: .4rem .7rem; align-items: center;
   max-width: 46rem; font-size: .9rem; }
-.bars .name { overflow-wrap: anywhere; } .bar { display: flex; align-items: center; }
+.bars .name { overflow-wrap: anywhere; } .bar { display: flex; align-items: center; padding-right: 5.5rem; }
 .bar i { height: 1.2rem; flex: none; } .bar span { padding-left: .4rem; white-space: nowrap; }
 @media screen and (max-width: 40rem) { body { padding: 1rem; } svg text { font-size: 21px; } }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 2px; vertical-align: -.05em; }
@@ -209,7 +208,7 @@ def _bars(folders: Sequence[Mapping[str, Any]], most: int) -> Iterable[str]:
         twice = min(folder["duplicate_bytes"], folder["bytes"])
         yield f"<div class=name>{_e(_short(folder['name']))}</div><div class=bar>"
         for size_bytes, colour in ((folder["bytes"] - twice, "own"), (twice, "twice")):
-            share = _LONGEST_BAR * size_bytes / most if most else 0
+            share = 100 * size_bytes / most if most else 0
             yield f'<i style="width:{share:.1f}%;background:var(--{colour})"></i>'
         yield f"<span>{size(folder['bytes'])}</span></div>"
     yield "</div>"
