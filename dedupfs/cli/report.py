@@ -144,6 +144,10 @@ def _show(answer: dict[str, Any], saved: str) -> None:
         print(
             f"{across:,} {verb} shared across domains, since before they were or since files were moved (--json names)"
         )
+    for damage in answer["damaged"]:
+        print(f"damaged: {printable(damage['problem'])}")
+        for path in damage["paths"]:
+            print(f"  {printable(path)}")
     for folder in sorted(answer["folders"], key=lambda folder: -int(folder["bytes"])):
         name, duplicate = printable(folder["name"]), size_text(folder["duplicate_bytes"])
         print(f"{name}: {folder['files']:,} files, {size_text(folder['bytes'])}; duplicate {duplicate}")

@@ -23,7 +23,7 @@ from dedupfs.model import Totals
 from tests.support.photos import photographs
 
 from .bench import BLOCK, Bench, content, impatient, silent
-from .test_damage import DATA
+from .test_damage import DATA, rot
 
 OTHER = content("other", 2 * BLOCK)
 HOSTILE = [
@@ -355,3 +355,18 @@ def test_the_command(archive: Bench, tmp_path: Path, capsysbinary: pytest.Captur
     assert b"permits: 4 files" in capsysbinary.readouterr().out
     assert main(["report", str(archive.source), "--html", str(tmp_path / "absent/x")]) == 71
     assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_damage_is_named(archive: Bench, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Without reading everything again, as a scrub would."""
+    rot(archive.source / ".dedupfs/blobs" / archive.blobs()[0][:2] / archive.blobs()[0])
+    archive.expect_log("scrub: ", "was damaged; healed")
+    archive.engine.scrub(silent, 0)
+    archive.close()
+    assert main(["report", str(archive.source)]) == 0
+    told = capsysbinary.readouterr().out
+    assert b"damaged: its bytes are not what its digest says\n  " in told
+    archive.open()
+    archive.write("good", DATA)
+    archive.write("good, too", OTHER)
+    archive.settle()
