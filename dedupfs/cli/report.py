@@ -101,7 +101,14 @@ def _estimated(arguments: argparse.Namespace) -> dict[str, Any]:
         "duplicate_files": found.total.duplicate_files,
         "duplicate_bytes": duplicate,
         "folders": [{**each, "name": each["path"], "references": 0} for each in told["directories"]],
-        "pairs": [{"folders": each["directories"], "bytes": each["bytes"]} for each in told["pairs"]],
+        "pairs": [
+            *(
+                {"folders": [each["path"]] * 2, "bytes": each["duplicate_bytes"]}
+                for each in told["directories"]
+                if each["duplicate_bytes"]
+            ),
+            *({"folders": each["directories"], "bytes": each["bytes"]} for each in told["pairs"]),
+        ],
         "largest": [{**each, "copies": len(each["paths"])} for each in told["largest"]],
         "unknown": 0,
         "unknown_paths": [],

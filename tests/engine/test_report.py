@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,9 @@ def test_directories_that_are_not_served(tmp_path: Path, monkeypatch: pytest.Mon
     assert "Over time" not in text
     assert main(["report", places[0]]) == 0
     assert b"sharing would save  0 B" in capsysbinary.readouterr().out
+    shutil.copytree(places[0], tmp_path / "one <b>" / "again")
+    assert main(["report", places[0], "--html", str(target)]) == 0
+    assert "No two files are equal" not in target.read_text()
     assert main(["report", *places, str(tmp_path / "absent")]) == 66
 
 
