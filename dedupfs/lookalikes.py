@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from . import codec
@@ -87,17 +88,18 @@ class _Looking:
         self._found = Lookalikes()
 
     def look(self, progress: Progress) -> Lookalikes:
-        for number, seen in enumerate(self._seen(progress)):
-            if seen[:1] == _REFUSED:
-                self._found.undescribable.append((self._contents[number], seen[1:].decode(errors="replace")))
-            elif seen[:1] == _DESCRIBED:
-                self._compare(_key(number), codec.decode_description(seen[1:]))
+        with closing(self._seen(progress)) as all_seen:
+            for number, seen in enumerate(all_seen):
+                if seen[:1] == _REFUSED:
+                    self._found.undescribable.append((self._contents[number], seen[1:].decode(errors="replace")))
+                elif seen[:1] == _DESCRIBED:
+                    self._compare(_key(number), codec.decode_description(seen[1:]))
         self._group()
         return self._found
 
     # -- describing ---------------------------------------------------------------------------------------------------
 
-    def _seen(self, progress: Progress) -> Iterator[bytes]:
+    def _seen(self, progress: Progress) -> Generator[bytes, None, None]:
         """What there is to see in each content, in order; described some way ahead of what is asked for."""
         ahead: deque[bytes | Future[bytes]] = deque()
         waiting = iter(self._contents)
