@@ -1,40 +1,33 @@
-"""What sharing would save in directories that dedupfs never saw: reads, and changes nothing.
+"""What sharing would save in directories that dedupfs never saw, and how many pictures there are that are alike: reads,
+and changes nothing.
 
 Only files that could share are read, and of those only the ones whose size another has; a digest is taken as proof, as
 nothing is done upon it. Digests are kept in a cache by inode, size and times, so that an interrupted run goes on where
 it was, and the next one reads only what is new. Called by the command line, in its thread; nothing of a store is used.
 """
 
+import base64
 import itertools
 import os
-import sqlite3
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING
 
 from .digest import Checkpoint, hash_descriptor
-from .errors import SourceError, UsageError
+from .errors import SourceError, Unavailable, UsageError
 from .model import SMALLEST_SHARED_BYTES, STORE_DIRECTORY, Digest, Progress, Stamp
+from .survey import Cache, File, open_quietly
+
+if TYPE_CHECKING:
+    from .lookalikes import Lookalikes, Version
 
 PRICES_USD = (0.08, 0.23)  # a gigabyte and month, as municipal contracts pay
 
 _LARGEST = 20
-_COMMITTED_FILES = 200
 _SHOWN_UNREADABLE = 100
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """An inode, under the first name that was met."""
-
-    directory: int  # which of those that were named
-    path: bytes
-    device: int
-    ino: int
-    stamp: Stamp
+_SHOWN_PATHS = 20
 
 
 @dataclass(slots=True)
@@ -79,13 +72,16 @@ class Estimate:
     pairs: dict[tuple[int, int], int] = field(default_factory=dict)  # of directories, by number: what both have
     read_bytes: int = 0
     cached_files: int = 0
+    lookalikes: "Lookalikes | None" = None
+    lookalikes_reason: str = ""  # why there are none
 
     @property
     def across_bytes(self) -> int:
         """What is duplicate only because one directory has what another has."""
         return self.total.duplicate_bytes - sum(sums.duplicate_bytes for _, sums in self.directories)
 
-    def as_json(self, prices: Sequence[float]) -> dict[str, object]:
+    def as_json(self, prices: Sequence[float], *, thumbnails: bool = False) -> dict[str, object]:
+        """`thumbnails`: with 64 x 64 grey levels of each picture that is named, in base64."""
         return {
             "directories": [{"path": os.fsdecode(path), **sums.as_json()} for path, sums in self.directories],
             "total": self.total.as_json(),
@@ -110,7 +106,46 @@ class Estimate:
             "unreadable_paths": [
                 {"path": os.fsdecode(path), "reason": reason} for path, reason in self.unreadable[:_SHOWN_UNREADABLE]
             ],
+            "near_duplicates_reason": self.lookalikes_reason,
+            **(_lookalikes_as_json(self.lookalikes, thumbnails=thumbnails) if self.lookalikes is not None else {}),
         }
+
+
+def _lookalikes_as_json(found: "Lookalikes", *, thumbnails: bool) -> dict[str, object]:
+    """As a mount tells them in a report."""
+
+    def shown(version: "Version") -> dict[str, object]:
+        paths = _paths(version.files)
+        told: dict[str, object] = {"paths": paths[:_SHOWN_PATHS], "copies": len(paths)}
+        if thumbnails:
+            record, views = version.picture
+            grey = base64.b64encode(views.full).decode()
+            told["thumbnail"] = {"width": record.width, "height": record.height, "grey": grey}
+        return told
+
+    return {
+        "pictures": found.pictures,
+        "near_duplicate_groups": found.groups,
+        "near_duplicate_pictures": found.near,
+        "near_duplicate_bytes": found.near_bytes,
+        "near_duplicate_relations": {str(relation): count for relation, count in found.relations.most_common()},
+        "near_duplicates": [
+            {
+                "authoritative": shown(centre),
+                "members": [{"relation": str(version.relation), **shown(version)} for version in members],
+                "more": more,
+            }
+            for (centre, *members), more in found.largest
+        ],
+        "undescribable_pictures": len(found.undescribable),
+        "undescribable": [
+            {"paths": _paths(files), "reason": reason} for files, reason in found.undescribable[:_SHOWN_UNREADABLE]
+        ],
+    }
+
+
+def _paths(files: Sequence[File]) -> list[str]:
+    return sorted(os.fsdecode(file.path) for file in files)
 
 
 def cost(size_bytes: int, price: float) -> float:
@@ -118,8 +153,9 @@ def cost(size_bytes: int, price: float) -> float:
     return round(size_bytes / 1e9 * price, 2)
 
 
-def estimate(directories: Sequence[str], *, cache: str, progress: Progress) -> Estimate:
-    """Look through directories that do not overlap. `cache` is a file, made where there is none.
+def estimate(directories: Sequence[str], *, cache: str, progress: Progress, exact: bool) -> Estimate:
+    """Look through directories that do not overlap. `cache` is a file, made where there is none; with `exact` pictures
+    that are alike are not looked for.
 
     Raises UsageError, SourceError. What cannot be read is told, and counted by its length.
     """
@@ -130,14 +166,39 @@ def estimate(directories: Sequence[str], *, cache: str, progress: Progress) -> E
         for sums in (found.total, found.directories[file.directory][1]):
             sums.files += 1
             sums.bytes += file.stamp.size_bytes
-        if file.stamp.size_bytes >= SMALLEST_SHARED_BYTES:
-            by_size[file.stamp.size_bytes].append(file)
-    candidates = [file for files in by_size.values() if len(files) > 1 for file in files]
-    by_content: dict[tuple[int, Digest], list[File]] = defaultdict(list)
-    for file, digest in _digests(candidates, cache, found, progress):
-        by_content[file.stamp.size_bytes, digest].append(file)
-    _sum_up(by_content, found)
+        by_size[file.stamp.size_bytes].append(file)
+    with Cache(cache) as known:
+        sharable = [files for size_bytes, files in by_size.items() if size_bytes >= SMALLEST_SHARED_BYTES]
+        by_content = _by_content(sharable, known, found, progress)
+        _sum_up(by_content, found)
+        if exact:
+            found.lookalikes_reason = "not asked for"
+        else:
+            small = [files for size_bytes, files in by_size.items() if 0 < size_bytes < SMALLEST_SHARED_BYTES]
+            contents = [*by_content.values(), *_by_content(small, known, found, progress).values()]
+            alone = (files for size_bytes, files in by_size.items() if size_bytes and len(files) == 1)
+            _look_for_lookalikes([*contents, *alone], known, found, progress)
     return found
+
+
+def _by_content(
+    by_size: Sequence[Sequence[File]], known: Cache, found: Estimate, progress: Progress
+) -> dict[tuple[int, Digest], list[File]]:
+    """Of files that another one has the size of, those that are equal."""
+    by_content: dict[tuple[int, Digest], list[File]] = defaultdict(list)
+    candidates = [file for files in by_size if len(files) > 1 for file in files]
+    for file, digest in _digests(candidates, known, found, progress):
+        by_content[file.stamp.size_bytes, digest].append(file)
+    return by_content
+
+
+def _look_for_lookalikes(contents: Sequence[Sequence[File]], known: Cache, found: Estimate, progress: Progress) -> None:
+    from . import lookalikes  # loads numpy, which all other commands do without
+
+    try:
+        found.lookalikes = lookalikes.look(contents, known, progress)
+    except Unavailable as reason:
+        found.lookalikes_reason = str(reason)
 
 
 def _checked(directories: Sequence[str]) -> list[bytes]:
@@ -183,7 +244,7 @@ def _files(tops: Sequence[bytes], found: Estimate, progress: Progress) -> Iterat
                 found.unreadable.append((directory, error.strerror or str(error)))
 
 
-def _digests(files: Sequence[File], cache: str, found: Estimate, progress: Progress) -> Iterator[tuple[File, Digest]]:
+def _digests(files: Sequence[File], known: Cache, found: Estimate, progress: Progress) -> Iterator[tuple[File, Digest]]:
     """In the order of their inodes, which on a disk is nearly that of their bytes."""
     total = sum(file.stamp.size_bytes for file in files)
     done = 0
@@ -191,25 +252,24 @@ def _digests(files: Sequence[File], cache: str, found: Estimate, progress: Progr
     def checkpoint() -> None:
         progress("reading (MiB)", done >> 20, total >> 20)
 
-    with _Cache(cache) as known:
-        for file in sorted(files, key=lambda file: (file.device, file.ino)):
-            digest = known.get(file)
-            if digest is None:
-                digest = _digest(file, found, checkpoint)
-                if digest is not None:
-                    known.put(file, digest)
-                    found.read_bytes += file.stamp.size_bytes
-            else:
-                found.cached_files += 1
-            done += file.stamp.size_bytes
-            checkpoint()
+    for file in sorted(files, key=lambda file: (file.device, file.ino)):
+        digest = known.digest(file)
+        if digest is None:
+            digest = _digest(file, found, checkpoint)
             if digest is not None:
-                yield file, digest
+                known.put_digest(file, digest)
+                found.read_bytes += file.stamp.size_bytes
+        else:
+            found.cached_files += 1
+        done += file.stamp.size_bytes
+        checkpoint()
+        if digest is not None:
+            yield file, digest
 
 
 def _digest(file: File, found: Estimate, checkpoint: Checkpoint) -> Digest | None:
     try:
-        fd = _open_quietly(file.path)
+        fd = open_quietly(file.path)
         try:
             digest = hash_descriptor(fd, checkpoint)
             if Stamp.of(os.fstat(fd)) == file.stamp:
@@ -221,14 +281,6 @@ def _digest(file: File, found: Estimate, checkpoint: Checkpoint) -> Digest | Non
         reason = error.strerror or str(error)
     found.unreadable.append((file.path, reason))
     return None
-
-
-def _open_quietly(path: bytes) -> int:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_NOATIME)
-    except PermissionError:
-        return os.open(path, flags)
 
 
 def _sum_up(by_content: dict[tuple[int, Digest], list[File]], found: Estimate) -> None:
@@ -250,59 +302,3 @@ def _sum_up(by_content: dict[tuple[int, Digest], list[File]], found: Estimate) -
         groups.append(Group(digest, size_bytes, sorted(file.path for file in files)))
     groups.sort(key=lambda group: (-group.wasted_bytes, group.paths))
     found.largest = groups[:_LARGEST]
-
-
-class _Cache:
-    """Digests by what tells that a file has not changed. A cache that cannot be used is begun anew."""
-
-    def __init__(self, path: str) -> None:
-        self._uncommitted = 0
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            self._database = self._open(path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise SourceError(f"the cache {path} cannot be used: {error}") from None
-            os.unlink(path)  # it is no database: nothing but time is lost
-            self._database = self._open(path)
-
-    @staticmethod
-    def _open(path: str) -> sqlite3.Connection:
-        database = sqlite3.connect(path)
-        try:
-            database.execute("PRAGMA synchronous = OFF")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS digests (device TEXT, ino TEXT, size INTEGER, mtime INTEGER, "
-                "ctime INTEGER, digest BLOB, PRIMARY KEY (device, ino)) WITHOUT ROWID"
-            )
-        except BaseException:
-            database.close()
-            raise
-        return database
-
-    def get(self, file: File) -> Digest | None:
-        with closing(
-            self._database.execute(
-                "SELECT digest FROM digests WHERE device = ? AND ino = ? AND size = ? AND mtime = ? AND ctime = ?",
-                (str(file.device), str(file.ino), *file.stamp),
-            )
-        ) as rows:
-            row = rows.fetchone()
-        return Digest(row[0]) if row is not None and isinstance(row[0], bytes) and len(row[0]) == 16 else None
-
-    def put(self, file: File, digest: Digest) -> None:
-        self._database.execute(
-            "INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)",
-            (str(file.device), str(file.ino), *file.stamp, digest),
-        )
-        self._uncommitted += 1
-        if self._uncommitted >= _COMMITTED_FILES:
-            self._database.commit()
-            self._uncommitted = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._database.commit()
-        self._database.close()

@@ -428,7 +428,7 @@ class FileIo:
                 return count
         if source_offset >= os.fstat(source.own_fd).st_size:
             return 0
-        if self._rules.domains and not self._is_of_one_domain(source, target):
+        if self._rules.keeps_apart and not self._may_share_extents(source, target):
             # Filesystems that can let the two share extents. For this errno the kernel copies bytes.
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         inode = target.inode
@@ -514,6 +514,14 @@ class FileIo:
     def _is_of_one_domain(self, source: Handle, target: Handle) -> bool:
         paths = [self._backing.path_of(handle.own_fd) for handle in (source, target)]
         return len({self._rules.domain_of(path) for path in paths if path is not None}) == 1 and None not in paths
+
+    def _may_share_extents(self, source: Handle, target: Handle) -> bool:
+        size_bytes = os.fstat(source.own_fd).st_size
+        for handle in (source, target):
+            path = self._backing.path_of(handle.own_fd)
+            if path is None or not self._rules.allow(path, size_bytes):
+                return False
+        return not self._rules.domains or self._is_of_one_domain(source, target)
 
     def _may_join(self, source: Handle, content: ContentKey) -> bool:
         """Whether those who share a content are all of the domain of the file that is copied."""

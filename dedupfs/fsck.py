@@ -94,7 +94,7 @@ class _Tree:
 
 def fsck(source: str, *, repair: bool, progress: Progress) -> Report:
     """Check the store of `source`. Raises Busy when it is in use, and what `Store` raises."""
-    report = _check(source, progress, repair=False)
+    report = _check(source, progress, repair=False, take_over=repair)
     if repair and report.findings:
         with Engine(source, MountOptions(share=Share.REFERENCE)):
             pass  # takes back what was left half-way, before anything is concluded from it
@@ -106,8 +106,9 @@ def fsck(source: str, *, repair: bool, progress: Progress) -> Report:
     return report
 
 
-def _check(source: str, progress: Progress, *, repair: bool) -> Report:
-    """Look at everything; with `repair`, put right at once what concerns one file alone."""
+def _check(source: str, progress: Progress, *, repair: bool, take_over: bool = True) -> Report:
+    """Look at everything; with `repair`, put right at once what concerns one file alone. Raises SourceError for an
+    index of an older version that may not be taken over."""
     report = Report()
     with ExitStack() as stack:
         backing = Backing(source)
@@ -117,8 +118,9 @@ def _check(source: str, progress: Progress, *, repair: bool) -> Report:
             stack.callback(store.mark_clean)
         blobs, tree = Blobs(backing), _Tree()
         report.findings += _read_tree(backing, tree, progress)
+        place = b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX)
         try:
-            index = stack.enter_context(Index(b"/proc/self/fd/%d/%s" % (backing.root_fd, INDEX), store.identity))
+            index = stack.enter_context(Index(place, store.identity, take_over=take_over))
             report.findings += check_index(index, tree, backing, was_clean=store.was_clean)
             tree.scanned = index.is_complete() and not index.load_queue()  # what is pending may settle it
         except IndexDamaged as error:

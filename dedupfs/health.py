@@ -72,5 +72,5 @@ def look(backing: Backing, index: Index, settler: Settler, *, damaged: int) -> H
     if used > _INDEX_SHARE:
         problems.append(Problem("index", f"{100 * used:.0f} % of the room that it can have is used"))
     if damaged:
-        problems.append(Problem("damage", f"{damaged:,} contents are damaged; dedupfs scrub names them"))
+        problems.append(Problem("damage", f"damaged contents: {damaged:,}; dedupfs report names them"))
     return Health(tuple(problems), free_bytes, used)

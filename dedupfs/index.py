@@ -39,7 +39,7 @@ import lmdb
 from lmdb.verify import VerifyError, verify
 
 from . import codec
-from .errors import IndexDamaged, StoreError, UnknownFormat
+from .errors import IndexDamaged, SourceError, StoreError, UnknownFormat
 from .imagetables import Described, ImageTables
 from .model import ContentKey, Damage, Digest, FileRecord, FileState, Ino, Link, ScrubPass, Totals, Verified
 
@@ -59,8 +59,9 @@ _VERIFIED_BYTES = 64 << 20  # half a second
 class Index:
     """An open index. Reading is for any thread; at most one `Batch` exists at a time."""
 
-    def __init__(self, directory: str | bytes, identity: str) -> None:
+    def __init__(self, directory: str | bytes, identity: str, *, take_over: bool = True) -> None:
         """Open or create; one of an older schema is taken over, after a copy of it was put beside it (`backup_name`).
+        Without `take_over` that is refused (SourceError), and nothing is changed.
 
         Raises IndexDamaged when it cannot be used as it is, UnknownFormat, with nothing changed, when it is newer, and
         OSError when there is no room for the copy.
@@ -83,7 +84,9 @@ class Index:
         except lmdb.Error as error:
             raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
         try:
-            self._check_identity(identity.encode())  # before a table is made that another schema does not have
+            self._check_identity(
+                identity.encode(), take_over=take_over
+            )  # before a table is made that another schema does not have
             self._open_tables()
         except BaseException:
             self._env.close()
@@ -114,12 +117,17 @@ class Index:
             self._env.close()
             raise IndexDamaged(f"the index has {found} of {promised} bytes")
 
-    def _check_identity(self, identity: bytes) -> None:
+    def _check_identity(self, identity: bytes, *, take_over: bool) -> None:
         with self._read() as txn:
             version, owner = (txn.get(key, db=self._meta) for key in (b"version", b"store"))
         if version is None:
             owner = identity
         elif version in TAKEN_OVER and owner == identity:
+            if not take_over:
+                raise SourceError(
+                    "the index is of an older version: mount the store once, or check it with --repair; either takes "
+                    "it over"
+                )
             self._back_up(version)
         elif version not in (SCHEMA_VERSION, *TAKEN_OVER):
             raise UnknownFormat(

@@ -40,6 +40,9 @@ LOG = STORE_DIRECTORY + b"/daemon.log"
 _FUSE_DEVICE = "/dev/fuse"
 _READY = b"ready\n"
 
+_LINE = "%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
+
 
 # -- serving ----------------------------------------------------------------------------------------------------------
 
@@ -386,16 +389,34 @@ class Readiness:
 def prepare_process() -> None:
     """Make the process a good daemon: what it logs, and its stacks should it crash, go to standard error; and it may
     hold as many descriptors as all apps together."""
-    logging.basicConfig(
-        handlers=[_LogHandler(sys.stderr)],
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s",
-    )
+    handler = _LogHandler(sys.stderr)
+    handler.setFormatter(_JournalLines() if _is_journal(sys.stderr) else logging.Formatter(_LINE))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     faulthandler.enable()
     # How long a request waits for the interpreter while settling computes; by default 5 ms.
     sys.setswitchinterval(0.0002)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether systemd reads what is written there, and not somebody to whom it was redirected since."""
+    try:
+        st = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{st.st_dev}:{st.st_ino}"
+
+
+class _JournalLines(logging.Formatter):
+    """Each line with its priority in front, as sd-daemon(3) has it; the journal knows the time."""
+
+    def __init__(self) -> None:
+        super().__init__("%(threadName)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
 
 
 class _LogHandler(logging.StreamHandler[TextIO]):

@@ -19,6 +19,7 @@ from .model import THUMBNAIL_SIDE
 
 _MOST_FOLDERS = 12  # in the matrix, and bars; the rest is summed up
 _MOST_MONTHS = 24
+_MOST_NAMES, _NAMES_BELOW = 6, 3  # of files that have the same bytes, in a table and below a picture
 _SHOWN_PIXELS = 128
 _OTHERS = "all other folders"
 _IN_NONE = "(in no folder)"
@@ -27,32 +28,39 @@ _STYLE = """
 :root { color-scheme: light; --ink: #1b2430; --faint: #5c6875; --line: #d9dee4; --own: #3f6fb0; --twice: #e08a2c; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 0 auto; padding: 1.5rem;
-  max-width: 62rem; }
+  max-width: 62rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p.note, caption, .legend { color: var(--faint); font-size: .9rem; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 .fact { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
-.fact b { display: block; font-size: 1.2rem; }
+.fact b { display: block; font-size: 1.1rem; overflow-wrap: normal; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.day { white-space: nowrap; }
+td.day { white-space: nowrap; } th { overflow-wrap: normal; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; }
 .matrix th.n { white-space: normal; min-width: 5rem; vertical-align: bottom; overflow-wrap: anywhere; }
 .path { min-width: 9rem; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .82rem; }
+.path div { padding-left: 1em; text-indent: -1em; }
 .cluster { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; margin: .6rem 0; display: flex;
   flex-wrap: wrap; gap: .8rem; break-inside: avoid; }
-figure { margin: 0; width: 9rem; font-size: .82rem; }
+figure { margin: 0; width: 8.8rem; font-size: .82rem; } figure .path { min-width: 0; }
 figure b { display: block; } figure img { display: block; border: 1px solid var(--line); }
 .cluster > p { width: 100%; margin: 0; }
 svg { width: 100%; max-width: 46rem; height: auto; display: block; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+.bars { display: grid; grid-template-columns: fit-content(35%) 1fr; gap: .4rem .7rem; align-items: center;
+  max-width: 46rem; font-size: .9rem; }
+.bars .name { overflow-wrap: anywhere; } .bar { display: flex; align-items: center; padding-right: 5.5rem; }
+.bar i { height: 1.2rem; flex: none; } .bar span { padding-left: .4rem; white-space: nowrap; }
+@media screen and (max-width: 40rem) { body { padding: 1rem; } svg text { font-size: 21px; } }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 2px; vertical-align: -.05em; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; } tr, .fact { break-inside: avoid; }
-  .wide { overflow: visible; }
-  svg, td, .dot, img { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .wide { overflow: visible; } .cluster { gap: .4rem; padding: .4rem; }
+  figure { width: 6.6rem; font-size: 7pt; } figure .path { font-size: 6pt; } figure img { zoom: .75; }
+  svg, td, .dot, .bar i, img { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
 
@@ -97,8 +105,7 @@ def render(report: Mapping[str, Any], *, prices: Sequence[float], currency: str,
         ("would be stored" if estimated else "stored", size(report["stored_bytes"])),
         ("sharing would save" if estimated else "saved by sharing", size(saved)),
         ("every month" if estimated else "saved every month", money(saved, prices, currency)),
-        ("duplicate files", f"{report['duplicate_files']:,}"),
-        ("size of duplicates", size(duplicate)),
+        (f"duplicate files ({size(duplicate)})", f"{report['duplicate_files']:,}"),
     ]
     csp = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     parts = [
@@ -148,7 +155,7 @@ def _history(days: Sequence[Mapping[str, Any]], prices: Sequence[float], currenc
 
 
 def _curves(days: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    width, height, left, top = 580, 220, 70, 16
+    width, height, left, top = 580, 220, 104, 16  # so that there is room for larger letters on a telephone
     ordinals = [datetime.date.fromisoformat(day["day"]).toordinal() for day in days]
     most = max(1, *(max(day["logical_bytes"], day["stored_bytes"]) for day in days))
 
@@ -160,7 +167,7 @@ def _curves(days: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         ]
 
     everything, stored = points("logical_bytes"), points("stored_bytes")
-    yield f'<svg viewBox="0 0 {width + 10} {height + 24}" role="img" aria-label="Size of all files and stored, by day">'
+    yield f'<svg viewBox="0 0 {width + 10} {height + 30}" role="img" aria-label="Size of all files and stored, by day">'
     for share in (0, 0.5, 1):
         y = height - (height - top) * share
         yield f'<line x1="{left}" y1="{y:.1f}" x2="{width}" y2="{y:.1f}" stroke="#d9dee4"/>'
@@ -168,8 +175,8 @@ def _curves(days: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield f'<polygon points="{" ".join(everything + stored[::-1])}" fill="#3f6fb0" fill-opacity="0.15"/>'
     for line, colour in ((everything, "#3f6fb0"), (stored, "#e08a2c")):
         yield f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
-    yield f'<text x="{left}" y="{height + 20}">{_e(days[0]["day"])}</text>'
-    yield f'<text x="{width}" y="{height + 20}" text-anchor="end">{_e(days[-1]["day"])}</text></svg>'
+    yield f'<text x="{left}" y="{height + 22}">{_e(days[0]["day"])}</text>'
+    yield f'<text x="{width}" y="{height + 22}" text-anchor="end">{_e(days[-1]["day"])}</text></svg>'
 
 
 def _folders(folders: Sequence[Mapping[str, Any]], prices: Sequence[float], currency: str) -> Iterable[str]:
@@ -195,18 +202,16 @@ def _folders(folders: Sequence[Mapping[str, Any]], prices: Sequence[float], curr
 
 
 def _bars(folders: Sequence[Mapping[str, Any]], most: int) -> Iterable[str]:
-    height, left, width = 28, 190, 520
-    yield f'<svg viewBox="0 0 {width + 80} {height * len(folders)}" role="img" aria-label="Size by folder">'
-    for number, folder in enumerate(folders):
-        scale = (width - left) / most if most else 0
-        twice = min(folder["duplicate_bytes"], folder["bytes"]) * scale
-        whole = folder["bytes"] * scale
-        top = number * height
-        yield f'<text x="{left - 8}" y="{top + 18}" text-anchor="end">{_e(_short(folder["name"]))}</text>'
-        yield f'<rect x="{left}" y="{top + 5}" width="{whole - twice:.1f}" height="18" fill="#3f6fb0"/>'
-        yield f'<rect x="{left + whole - twice:.1f}" y="{top + 5}" width="{twice:.1f}" height="18" fill="#e08a2c"/>'
-        yield f'<text x="{left + whole + 6:.1f}" y="{top + 18}">{size(folder["bytes"])}</text>'
-    yield "</svg>"
+    """Boxes, not a drawing: their letters stay as large as all others, however narrow the page is."""
+    yield '<div class=bars role="img" aria-label="Size by folder">'
+    for folder in folders:
+        twice = min(folder["duplicate_bytes"], folder["bytes"])
+        yield f"<div class=name>{_e(_short(folder['name']))}</div><div class=bar>"
+        for size_bytes, colour in ((folder["bytes"] - twice, "own"), (twice, "twice")):
+            share = 100 * size_bytes / most if most else 0
+            yield f'<i style="width:{share:.1f}%;background:var(--{colour})"></i>'
+        yield f"<span>{size(folder['bytes'])}</span></div>"
+    yield "</div>"
 
 
 def _short(name: str) -> str:
@@ -253,12 +258,9 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield "<div class=wide><table>"
     yield "<tr><th class=n>copies<th class=n>size of each<th class=n>further copies<th>files</tr>"
     for group in groups:
-        paths = "<br>".join(_e(path) for path in group["paths"])
-        more = group["copies"] - len(group["paths"])
-        further = f"<br>… and {more:,} more" if more > 0 else ""
         yield (
             f"<tr><td class=n>{group['copies']:,}<td class=n>{size(group['size_bytes'])}"
-            f"<td class=n>{size(group['wasted_bytes'])}<td class=path>{paths}{further}</tr>"
+            f"<td class=n>{size(group['wasted_bytes'])}<td class=path>{_copies(group, _MOST_NAMES)}</tr>"
         )
     yield "</table></div>"
 
@@ -296,10 +298,8 @@ def _conflicts(report: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _picture(title: str, version: Mapping[str, Any]) -> Iterable[str]:
-    yield f"<figure>{_image(version.get('thumbnail'))}<b>{_e(title)}</b><span class=path>"
-    yield "<br>".join(_e(path) for path in version["paths"])
-    more = version["copies"] - len(version["paths"])
-    yield f"<br>… and {more:,} more</span></figure>" if more > 0 else "</span></figure>"
+    yield f"<figure>{_image(version.get('thumbnail'))}<b>{_e(title)}</b>"
+    yield f"<div class=path>{_copies(version, _NAMES_BELOW)}</div></figure>"
 
 
 def _image(thumbnail: Mapping[str, Any] | None) -> str:
@@ -347,7 +347,7 @@ def _problems(report: Mapping[str, Any]) -> Iterable[str]:
         return
     if report["unknown"]:
         yield f"<p>{report['unknown']:,} files are not known: they could not be read, or wait to be.</p>"
-        yield f"<p class=path>{_listed(report['unknown_paths'])}</p>"
+        yield f"<div class=path>{_listed(report['unknown_paths'])}</div>"
     if report["unreadable"]:
         yield f"<p>{report['unreadable']:,} directories or files could not be looked at.</p><table>"
         for entry in report["unreadable_paths"]:
@@ -361,7 +361,14 @@ def _problems(report: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _listed(paths: Iterable[str]) -> str:
-    return "<br>".join(_e(path) for path in paths)
+    return "".join(f"<div>{_e(path)}</div>" for path in paths)
+
+
+def _copies(group: Mapping[str, Any], most: int) -> str:
+    """Some of the files that have the same bytes, and how many more there are."""
+    paths = group["paths"][:most]
+    more = group["copies"] - len(paths)
+    return _listed(paths) + (f"<div>… and {more:,} more</div>" if more > 0 else "")
 
 
 def lines(report: Mapping[str, Any]) -> str:

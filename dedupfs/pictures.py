@@ -32,7 +32,7 @@ from .index import Index
 from .likeness import Likeness
 from .magic import HEAD_BYTES, looks_like_picture
 from .model import Alike, Caller, ContentKey, ImageEntry, ImageRecord, ImageState, Relation
-from .similar import Found, Similar
+from .similar import Found, Similar, alike_nearest_first, grouped
 from .workers import Refused, Workers
 
 _PATIENCE_S = 60.0
@@ -104,7 +104,7 @@ class Pictures:
         identical = sorted(found for found in self._answers.paths(content) if found != path)
         groups: list[tuple[Relation, int, list[bytes]]] = [(Relation.IDENTICAL, 0, identical)]
         # Without the evidence, which would have to be found again: relation and distance are in the index.
-        alikes = sorted(self._alike(content), key=_nearest_first)
+        alikes = sorted(self._alike(content), key=alike_nearest_first)
         groups += [(alike.relation, alike.distance, sorted(self._answers.paths(alike.content))) for alike in alikes]
         return _records(
             (relation, distance, self._as_caller.readable(paths, caller)) for relation, distance, paths in groups
@@ -192,16 +192,7 @@ class Pictures:
             for content, alikes in neighbours.items()
             if alikes and (candidate := self._candidate(content)) is not None
         }
-        placed: set[ContentKey] = set()
-        for content in self._best_first(candidates):
-            if content in placed:
-                continue
-            members = [each for each in sorted(neighbours[content], key=_nearest_first) if each.content in candidates]
-            members = [each for each in members if each.content not in placed]
-            if all(each.relation is Relation.IDENTICAL for each in members):
-                continue  # copies of the same bytes in domains that do not share, or none
-            placed.update([content, *(each.content for each in members)])
-            yield content, members
+        yield from grouped(neighbours, self._best_first(candidates))
 
     @staticmethod
     def _best_first(candidates: dict[ContentKey, Candidate]) -> list[ContentKey]:
@@ -409,7 +400,7 @@ class Pictures:
     def versions(self, content: ContentKey) -> list[Alike]:
         """The other versions of a photograph, the nearest first."""
         alikes = (alike for alike in self._alike(content) if alike.relation.is_same_picture)
-        return sorted(alikes, key=_nearest_first)
+        return sorted(alikes, key=alike_nearest_first)
 
     def _may_conflict(self, content: ContentKey, alike: Alike) -> bool:
         return alike.relation in _CONFLICTING and self._counts(content, alike.content)
@@ -486,10 +477,6 @@ def _records(found: Iterable[tuple[Relation, int, list[bytes]]]) -> bytes:
                 return bytes(answer)
             answer += record
     return bytes(answer)
-
-
-def _nearest_first(alike: Alike) -> tuple[bool, int, int, ContentKey]:
-    return not alike.relation.is_same_picture, alike.distance, list(Relation).index(alike.relation), alike.content
 
 
 def _as_seen(record: ImageRecord) -> dict[str, object]:

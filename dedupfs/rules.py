@@ -36,6 +36,11 @@ class SharingRules:
             return False
         return not any(glob.match(path) for glob in self._excluded)
 
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether there is anything that may not share for another reason than that nothing would be saved."""
+        return bool(self.include or self.exclude or self.domains or self.min_size_bytes > SMALLEST_SHARED_BYTES)
+
     def domain_of(self, path: bytes) -> bytes:
         """The directory that is this file's domain, b"" for what is in none."""
         found = b""

@@ -7,7 +7,7 @@ its record, for both sides. Report only: nothing here changes what is stored of 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from .gallery import Gallery
@@ -37,20 +37,58 @@ class Found(NamedTuple):
     likeness: Likeness
 
 
+class Search:
+    """Among pictures that were described: which ones resemble another one."""
+
+    def __init__(self, picture: Callable[[ContentKey], Picture | None], compare_each: CompareEach) -> None:
+        """`picture`: one that was added, None once nobody holds it any more."""
+        self._picture, self._compare_each = picture, compare_each
+        self.gallery = Gallery()
+
+    def add(self, content: ContentKey, record: ImageRecord) -> None:
+        self.gallery.add([(content, _hashes(record))])
+
+    def find(self, record: ImageRecord, thumbnails: Thumbnails) -> list[Found]:
+        """What is the picture itself, or resembles it; the nearest first."""
+        near = list(dict.fromkeys(content for _, content in self.gallery.near(record, thumbnails, _MOST_NEAR)))
+        found: list[Found] = []
+        compared = apart = 0
+        for start in range(0, len(near), _ROUND):
+            chosen: dict[ContentKey, Picture] = {}
+            for content in near[start : start + _ROUND]:
+                other = self._picture(content)
+                if other is None or other[0].version != record.version:
+                    continue  # nobody holds it any more
+                is_apart = is_another_release(record, other[0]) or (record.is_document and other[0].is_document)
+                if is_apart and apart >= _MOST_APART and not _same_bytes_inside(record, other[0]):
+                    continue
+                if compared < _MOST_COMPARED:
+                    compared += 1
+                    chosen[content] = other
+            likenesses = self._compare_each((record, thumbnails), list(chosen.values()), cuts=False)
+            for content, likeness in zip(chosen, likenesses, strict=True):
+                if likeness is None or (apart >= _MOST_APART and not likeness.relation.is_same_picture):
+                    continue
+                found.append(Found(content, likeness))
+                apart += not likeness.relation.is_same_picture
+        return sorted(found, key=_nearest_first)
+
+
 class Similar:
     def __init__(self, images: ImageTables, compare_each: CompareEach = compare_each) -> None:
         self._images, self._compare_each = images, compare_each
-        self.gallery = Gallery()
+        self._search = Search(self._picture, compare_each)
         # Described, and not in the index yet: the group that is being written.
         self._fresh: dict[ContentKey, tuple[ImageRecord, Thumbnails]] = {}
         self._loaded: int | None = None
 
     def load(self, version: int) -> None:
         """Take all pictures of this describing path from the index."""
-        self.gallery.clear()
+        gallery = self._search.gallery
+        gallery.clear()
         pictures = self._images.all_pictures()
         while some := list(itertools.islice(pictures, _LOADED_AT_ONCE)):
-            self.gallery.add([(content, _hashes(record)) for content, record in some if record.version == version])
+            gallery.add([(content, _hashes(record)) for content, record in some if record.version == version])
         self._loaded = version
 
     @property
@@ -75,7 +113,7 @@ class Similar:
             if likeness is not None
         ]
         self._fresh[content] = (record, thumbnails)
-        self.gallery.add([(content, _hashes(record))])
+        self._search.add(content, record)
         return [
             Alike(other, Relation.IDENTICAL, 0)
             if other.bytes_key == content.bytes_key
@@ -90,30 +128,9 @@ class Similar:
 
     def find(self, record: ImageRecord, thumbnails: Thumbnails) -> list[Found]:
         """What the archive has of a picture, or resembles it; the nearest first."""
-        near = list(dict.fromkeys(content for _, content in self.gallery.near(record, thumbnails, _MOST_NEAR)))
-        found: list[Found] = []
-        compared = apart = 0
-        for start in range(0, len(near), _ROUND):
-            chosen: dict[ContentKey, Picture] = {}
-            for content in near[start : start + _ROUND]:
-                other = self._picture(content)
-                if other is None or other[0].version != record.version:
-                    continue  # nobody holds it any more
-                is_apart = is_another_release(record, other[0]) or (record.is_document and other[0].is_document)
-                if is_apart and apart >= _MOST_APART and not _same_bytes_inside(record, other[0]):
-                    continue
-                if compared < _MOST_COMPARED:
-                    compared += 1
-                    chosen[content] = other
-            likenesses = self._compare_each((record, thumbnails), list(chosen.values()), cuts=False)
-            for content, likeness in zip(chosen, likenesses, strict=True):
-                if likeness is None or (apart >= _MOST_APART and not likeness.relation.is_same_picture):
-                    continue
-                found.append(Found(content, likeness))
-                apart += not likeness.relation.is_same_picture
-        return sorted(found, key=_nearest_first)
+        return self._search.find(record, thumbnails)
 
-    def _picture(self, content: ContentKey) -> tuple[ImageRecord, Thumbnails] | None:
+    def _picture(self, content: ContentKey) -> Picture | None:
         return self._fresh.get(content) or self._images.picture(content)
 
     def of(self, content: ContentKey) -> list[Found]:
@@ -147,6 +164,27 @@ class Similar:
     def neighbours(self) -> Iterator[tuple[ContentKey, list[Alike]]]:
         """Every picture that resembles others, and these."""
         return self._images.all_alike()
+
+
+def grouped(
+    neighbours: Mapping[ContentKey, Iterable[Alike]], best_first: Iterable[ContentKey]
+) -> Iterator[tuple[ContentKey, list[Alike]]]:
+    """Versions of one photograph: each picture of `best_first` that is in no group yet, with those of its neighbours
+    that are in none, the nearest first. A group has at least one member that is not the same bytes."""
+    order = list(best_first)
+    free = set(order)
+    for content in order:
+        if content not in free:
+            continue
+        members = [each for each in sorted(neighbours[content], key=alike_nearest_first) if each.content in free]
+        if all(each.relation is Relation.IDENTICAL for each in members):
+            continue  # copies of the same bytes in domains that do not share, or none
+        free.difference_update([content, *(each.content for each in members)])
+        yield content, members
+
+
+def alike_nearest_first(alike: Alike) -> tuple[bool, int, int, ContentKey]:
+    return not alike.relation.is_same_picture, alike.distance, list(Relation).index(alike.relation), alike.content
 
 
 def _nearest_first(found: Found) -> tuple[bool, int, int, ContentKey]:

@@ -355,7 +355,11 @@ class _Worker:
     def kill(self) -> None:
         """End the process, and wait until it has ended. Any thread, any number of times."""
         with self._kill_lock:
-            self._process.kill()
+            try:
+                self._process.kill()
+            except PermissionError:  # it is another user by now, and whoever started us left us no CAP_KILL
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)  # nobody to talk to: it ends when its picture is done
             self._process.wait()
 
     def end(self) -> None:

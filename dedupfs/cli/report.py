@@ -13,9 +13,15 @@ from ..config import cache_directory
 from ..engine import Engine
 from ..estimate import PRICES_USD
 from ..model import STORE_DIRECTORY, Progress
-from .estimate import price_of
+from .estimate import add_exact, price_of
 from .output import add_json, print_facts, print_json, printable, progress_shown, size_text
 from .targets import ask_or_open, require_store
+
+# What an estimate tells of pictures.
+_NEAR = (
+    *("near_duplicates_reason", "near_duplicate_groups", "near_duplicate_pictures", "near_duplicate_bytes"),
+    *("near_duplicate_relations", "near_duplicates", "undescribable"),
+)
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,6 +45,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         type=price_of,
         help="what a gigabyte (10^9 bytes) of storage costs per month; by default 0.08 to 0.23 USD",
     )
+    add_exact(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -65,7 +72,7 @@ def _ask(arguments: argparse.Namespace) -> dict[str, Any]:
     if len(arguments.targets) > 1 or not (
         is_served or os.path.lexists(os.path.join(target, os.fsdecode(STORE_DIRECTORY)))
     ):
-        return _estimated(arguments.targets)
+        return _estimated(arguments)
     if not is_served:
         require_store(target)
     thumbnails = arguments.html is not None
@@ -77,12 +84,12 @@ def _ask(arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(answer)
 
 
-def _estimated(directories: list[str]) -> dict[str, Any]:
+def _estimated(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of a report can be said of directories that were only looked through."""
     cache = os.path.join(cache_directory(), "estimate.sqlite3")
     with progress_shown() as progress:
-        found = estimate.estimate(directories, cache=cache, progress=progress)
-    told: dict[str, Any] = found.as_json(())
+        found = estimate.estimate(arguments.targets, cache=cache, progress=progress, exact=arguments.exact)
+    told: dict[str, Any] = found.as_json((), thumbnails=arguments.html is not None)
     duplicate = found.total.duplicate_bytes
     return {
         "estimated": True,
@@ -94,7 +101,14 @@ def _estimated(directories: list[str]) -> dict[str, Any]:
         "duplicate_files": found.total.duplicate_files,
         "duplicate_bytes": duplicate,
         "folders": [{**each, "name": each["path"], "references": 0} for each in told["directories"]],
-        "pairs": [{"folders": each["directories"], "bytes": each["bytes"]} for each in told["pairs"]],
+        "pairs": [
+            *(
+                {"folders": [each["path"]] * 2, "bytes": each["duplicate_bytes"]}
+                for each in told["directories"]
+                if each["duplicate_bytes"]
+            ),
+            *({"folders": each["directories"], "bytes": each["bytes"]} for each in told["pairs"]),
+        ],
         "largest": [{**each, "copies": len(each["paths"])} for each in told["largest"]],
         "unknown": 0,
         "unknown_paths": [],
@@ -102,6 +116,7 @@ def _estimated(directories: list[str]) -> dict[str, Any]:
         "unreadable_paths": told["unreadable_paths"],
         "damaged": [],
         "shared_across_domains": 0,
+        **{key: told[key] for key in _NEAR if key in told},
     }
 
 
@@ -136,6 +151,10 @@ def _show(answer: dict[str, Any], saved: str) -> None:
         print(
             f"{across:,} {verb} shared across domains, since before they were or since files were moved (--json names)"
         )
+    for damage in answer["damaged"]:
+        print(f"damaged: {printable(damage['problem'])}")
+        for path in damage["paths"]:
+            print(f"  {printable(path)}")
     for folder in sorted(answer["folders"], key=lambda folder: -int(folder["bytes"])):
         name, duplicate = printable(folder["name"]), size_text(folder["duplicate_bytes"])
         print(f"{name}: {folder['files']:,} files, {size_text(folder['bytes'])}; duplicate {duplicate}")

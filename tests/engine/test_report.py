@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dedupfs.model import Totals
 from tests.support.photos import photographs
 
 from .bench import BLOCK, Bench, content, impatient, silent
-from .test_damage import DATA
+from .test_damage import DATA, rot
 
 OTHER = content("other", 2 * BLOCK)
 HOSTILE = [
@@ -135,7 +136,7 @@ def test_hostile_names_are_shown(bench: Bench) -> None:
 def test_the_page_needs_nothing_else(archive: Bench) -> None:
     text = render(report(archive))
     assert not re.search(r"""(?:src\s*=(?!"data:image/png;base64,)|href\s*=)|url\(|@import|https?://""", text)
-    assert "<svg" in text
+    assert '<div class=bars role="img"' in text
     assert "@media print" in text
     assert "permits" in text
 
@@ -339,6 +340,9 @@ def test_directories_that_are_not_served(tmp_path: Path, monkeypatch: pytest.Mon
     assert "Over time" not in text
     assert main(["report", places[0]]) == 0
     assert b"sharing would save  0 B" in capsysbinary.readouterr().out
+    shutil.copytree(places[0], tmp_path / "one <b>" / "again")
+    assert main(["report", places[0], "--html", str(target)]) == 0
+    assert "No two files are equal" not in target.read_text()
     assert main(["report", *places, str(tmp_path / "absent")]) == 66
 
 
@@ -355,3 +359,18 @@ def test_the_command(archive: Bench, tmp_path: Path, capsysbinary: pytest.Captur
     assert b"permits: 4 files" in capsysbinary.readouterr().out
     assert main(["report", str(archive.source), "--html", str(tmp_path / "absent/x")]) == 71
     assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_damage_is_named(archive: Bench, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Without reading everything again, as a scrub would."""
+    rot(archive.source / ".dedupfs/blobs" / archive.blobs()[0][:2] / archive.blobs()[0])
+    archive.expect_log("scrub: ", "was damaged; healed")
+    archive.engine.scrub(silent, 0)
+    archive.close()
+    assert main(["report", str(archive.source)]) == 0
+    told = capsysbinary.readouterr().out
+    assert b"damaged: its bytes are not what its digest says\n  " in told
+    archive.open()
+    archive.write("good", DATA)
+    archive.write("good, too", OTHER)
+    archive.settle()

@@ -10,7 +10,7 @@ from dedupfs.engine import Engine, rebuild
 from dedupfs.errors import StoreError
 from dedupfs.rules import EVERYTHING, SharingRules
 
-from .bench import Bench, content, silent
+from .bench import Bench, content, me, silent
 from .test_damage import DATA
 
 RULES = SharingRules(min_size_bytes=10_000, exclude=(b"private/", b"*.tmp"))
@@ -47,6 +47,30 @@ def test_globs(ruled: Bench, first: str) -> None:
     assert all(ruled.read(path) == DATA for path in ("private/one", "public/two", "a.tmp"))
 
 
+@pytest.mark.parametrize("bench", [("reference", "ext4"), ("reflink", "xfs")], indirect=True, ids="-".join)
+@pytest.mark.parametrize(
+    ("source", "target", "length", "may_share"),
+    [
+        ("public/one", "public/copy", len(DATA), True),
+        ("public/one", "private/copy", len(DATA), False),
+        ("public/one", "copy.tmp", 4096, False),
+        ("private/one", "public/copy", len(DATA), False),
+        ("small", "public/copy", 9_000, False),
+    ],
+)
+def test_a_copy_shares_no_extents(ruled: Bench, source: str, target: str, length: int, *, may_share: bool) -> None:
+    """Not even where the filesystem would have them shared when bytes are copied: the kernel is told to move them."""
+    for path, data in (("public/one", DATA), ("private/one", DATA), ("small", DATA[:9_000])):
+        ruled.write(path, data)
+    ruled.settle()
+    with ruled.opened(source) as opened, ruled.opened_new(target) as new:
+        if may_share:
+            assert ruled.engine.vfs.io.copy_range(opened, 0, new, 0, length, me()) == length
+        else:
+            with pytest.raises(OSError, match="cross-device"):
+                ruled.engine.vfs.io.copy_range(opened, 0, new, 0, length, me())
+
+
 @pytest.mark.parametrize("bench", [("reflink", "xfs")], indirect=True, ids="-".join)
 def test_reflinks(ruled: Bench) -> None:
     for path in ("private/one", "public/one", "private/two"):
@@ -67,10 +91,10 @@ def test_copies_inside_the_mount(ruled: Bench) -> None:
     for name in ("public/one", "public/two"):
         ruled.write(name, DATA)
     ruled.settle()
-    ruled.copy("public/one", "private/copy")
+    assert ruled.copy("public/one", "private/copy") == 0
     ruled.write("private/original", DATA)
     ruled.settle()
-    ruled.copy("private/original", "public/copy")
+    assert ruled.copy("private/original", "public/copy") == 0
     assert states(ruled, "private/copy", "private/original", "public/copy") == ["plain", "plain", "reference"]
 
 

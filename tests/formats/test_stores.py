@@ -205,6 +205,11 @@ def test_an_index_from_before_pictures(source: Path) -> None:
             txn.put(b"version", b"1", db=tables[b"meta"])
             for name in (b"images", b"backlog"):
                 txn.drop(tables[name])
+    before = _snapshot(source / ".dedupfs/index")
+    with pytest.raises(SourceError, match="of an older version"):
+        fsck(str(source), repair=False, progress=silent)
+    assert _snapshot(source / ".dedupfs/index") == before
+    assert (source / ".dedupfs/clean").exists()
     with Engine(str(source), MountOptions(share=Share.REFERENCE)) as engine:
         assert engine.index.is_complete()
         assert engine.index.images.described_by() is None

@@ -1,6 +1,7 @@
 """What an administrator installs: the helper of mount(8), the systemd units, manual pages, completion, the wheel."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from tests.conftest import Mounts
 from tests.support.filesystems import is_mountpoint
 from tests.support.mounted import REPOSITORY, Mounted, dedupfs
+from tests.support.photos import photographs
+from tests.support.tools import needs_root
 
 references = pytest.mark.parametrize("mounts", [("reference", "ext4")], indirect=True, ids="-".join)
 
@@ -95,6 +98,47 @@ def test_systemd_is_told(mounts: Mounts, tmp_path: Path) -> None:
         last = ""
         while not last.startswith("STOPPING=1"):
             last = systemd.recv(4096).decode()
+
+
+def set_in_the_unit(name: str) -> list[str]:
+    """The words of a setting that may be given several times."""
+    unit = (REPOSITORY / "systemd" / "dedupfs@.service").read_text()
+    return [word for line in re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE) for word in line.split()]
+
+
+def test_the_unit_lets_workers_shut_themselves_in() -> None:
+    """What `sandbox` does needs more than a daemon otherwise does, and systemd's filters cannot be had without it."""
+    assert {"CAP_SYS_CHROOT", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"} <= set(set_in_the_unit("CapabilityBoundingSet"))
+    assert {"net", "ipc", "uts"} <= set(set_in_the_unit("RestrictNamespaces"))
+    assert {"@mount", "landlock_create_ruleset", "landlock_restrict_self"} <= set(set_in_the_unit("SystemCallFilter"))
+
+
+@needs_root
+@references
+def test_with_no_more_than_the_unit_grants(mounts: Mounts, tmp_path: Path) -> None:
+    """Pictures are described, and the store is closed and clean at the end, with the unit's capabilities alone."""
+    unit = (REPOSITORY / "systemd" / "dedupfs@.service").read_text()
+    granted = [
+        word for line in re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE) for word in line.split()
+    ]
+    bounds = ",".join(["-all", *("+" + word.removeprefix("CAP_").lower() for word in granted)])
+    mounted = mounts.new()
+    command = (sys.executable, "-m", "dedupfs", "mount", "--foreground")
+    with told(tmp_path / "notify") as systemd:
+        daemon = subprocess.Popen(
+            ["setpriv", f"--bounding-set={bounds}", "--no-new-privs", *command, mounted.source, mounted.mountpoint],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert systemd.recv(4096).startswith(b"READY=1")
+        shutil.copy(photographs(1, jpeg=True)[0], mounted.path("photo.jpg"))
+        mounted.settle()
+        assert mounted.status()["pictures_described"] == 1
+        dedupfs("umount", mounted.mountpoint)
+        _, said = daemon.communicate(timeout=60)
+    assert daemon.returncode == 0, said
+    assert (mounted.store / "clean").exists()
 
 
 @references

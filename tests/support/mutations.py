@@ -464,9 +464,15 @@ MUTATIONS = [
     ),
     Mutation(
         "a copy shares extents with another domain", "fileio",
-        "if self._rules.domains and not self._is_of_one_domain(source, target):\n            # Filesystems",
-        "if False:\n            # Filesystems",
+        "return not self._rules.domains or self._is_of_one_domain(source, target)",
+        "return True",
         3, (_ENGINE + "test_domains.py",),
+    ),
+    Mutation(
+        "a copy shares extents with what may not share", "fileio",
+        "            if path is None or not self._rules.allow(path, size_bytes):\n                return False",
+        "            if path is None:\n                return False",
+        3, (_ENGINE + "test_rules.py",),
     ),
     Mutation(
         "a copy joins what several domains share", "fileio",

@@ -10,6 +10,8 @@ import pytest
 from dedupfs.cli import main
 from dedupfs.errors import SourceError, UsageError
 from dedupfs.estimate import Estimate, cost, estimate
+from dedupfs.model import Stamp
+from dedupfs.survey import Cache, File
 
 BLOCK = 4096
 
@@ -40,7 +42,9 @@ def archives(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def look(tmp_path: Path, *directories: Path) -> Estimate:
-    return estimate([str(path) for path in directories], cache=str(tmp_path / "cache" / "x"), progress=silent)
+    return estimate(
+        [str(path) for path in directories], cache=str(tmp_path / "cache" / "x"), progress=silent, exact=True
+    )
 
 
 def test_sums(tmp_path: Path, archives: tuple[Path, Path]) -> None:
@@ -83,7 +87,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, archives: tuple[Path, Path])
 
     cache = str(tmp_path / "cache" / "x")
     with pytest.raises(KeyboardInterrupt):
-        estimate([str(path) for path in archives], cache=cache, progress=interrupt)
+        estimate([str(path) for path in archives], cache=cache, progress=interrupt, exact=True)
     assert look(tmp_path, *archives).cached_files > 0
 
 
@@ -92,6 +96,17 @@ def test_a_cache_that_is_none_is_begun_anew(tmp_path: Path, archives: tuple[Path
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "x").write_bytes(content)
     assert look(tmp_path, *archives).total.duplicate_files == 3
+
+
+def test_a_cache_that_cannot_be_used_is_told(tmp_path: Path, archives: tuple[Path, Path]) -> None:
+    (tmp_path / "cache" / "x").mkdir(parents=True)
+    with pytest.raises(SourceError, match=r"the cache .* cannot be used"):
+        look(tmp_path, *archives)
+    with Cache(str(tmp_path / "full")) as cache:
+        cache._database.execute("PRAGMA max_page_count = 1")
+        file = File(0, b"x", 1, 1, Stamp(1, 1, 1))
+        with pytest.raises(SourceError, match=r"the cache .* is full"):
+            cache.put_picture(file, 1, bytes(100_000))
 
 
 def test_nothing_is_changed(tmp_path: Path, archives: tuple[Path, Path]) -> None:
@@ -130,7 +145,7 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path, archives: tuple[P
                     file.write(b"more")
 
     written: list[str] = []
-    found = estimate([str(path) for path in archives], cache=str(tmp_path / "x"), progress=write)
+    found = estimate([str(path) for path in archives], cache=str(tmp_path / "x"), progress=write, exact=True)
     assert {reason for _, reason in found.unreadable} == {"was changed meanwhile"}
 
 

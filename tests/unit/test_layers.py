@@ -71,6 +71,8 @@ LAYERS = [
     "fsck",
     "gc",
     "leave",
+    "survey",
+    "lookalikes",
     "estimate",
     # edges
     "hardlinks",
@@ -105,6 +107,7 @@ LATE = {
     ("claims", "re2"),  # large, and most commands and mounts do without
     ("cli.targets", "engine"),  # slow to load, and commands that ask a mount do without
     ("engine", "imaging"),  # loads numpy, which commands without a mount do without
+    ("estimate", "lookalikes"),  # the same
     ("mount", "fusefs"),  # loads libfuse, which the other commands do without
     ("cli.output", "rich"),  # slow to load, and only a progress bar on a terminal needs it
     ("libfuse", "mfusepy"),  # takes the library it finds first, so that has to be chosen before

@@ -1,6 +1,9 @@
 """What a mount answers on its socket, and how it reads what others told it. Real mounts are in tests/mount/."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -9,6 +12,7 @@ from dedupfs import mount, unmount
 from dedupfs.engine import Engine
 from dedupfs.errors import SourceError, UsageError
 from dedupfs.model import Progress
+from tests.support.mounted import REPOSITORY
 
 
 class Recorder:
@@ -96,3 +100,24 @@ def test_a_rate_of_a_scrub(engine: Recorder, rate: float | None) -> None:
 def test_a_rate_that_makes_no_sense_is_refused(engine: Recorder, rate: object) -> None:
     with pytest.raises(UsageError):
         ask(engine, "scrub", rate=rate)
+
+
+_LOGGING = """
+import logging
+from dedupfs.mount import prepare_process
+prepare_process()
+logging.getLogger("dedupfs.x").warning("two\\nlines")
+logging.getLogger("dedupfs.x").debug("unheard")
+"""
+
+
+def test_lines_for_the_journal(tmp_path: Path) -> None:
+    """With their priority where systemd reads them, with their time where standard error went elsewhere."""
+    path = tmp_path / "log"
+    for told, expected in ((True, "<4>MainThread dedupfs.x: two\n<4>lines\n"), (False, " WARNING MainThread ")):
+        with open(path, "wb") as log:
+            st = os.fstat(log.fileno())
+            stream = f"{st.st_dev}:{st.st_ino if told else st.st_ino + 1}"
+            environment = {**os.environ, "JOURNAL_STREAM": stream, "PYTHONPATH": str(REPOSITORY)}
+            subprocess.run([sys.executable, "-c", _LOGGING], stderr=log, env=environment, check=True, timeout=60)
+        assert expected in path.read_text()

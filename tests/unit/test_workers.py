@@ -256,6 +256,22 @@ def test_one_that_is_killed_is_replaced(workers: Workers, tmp_path: Path) -> Non
     assert workers.started == 4
 
 
+def test_one_that_may_not_be_killed_ends_by_itself(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root without CAP_KILL may not signal a process of another user."""
+
+    def refuse(process: "subprocess.Popen[bytes]") -> None:
+        raise PermissionError
+
+    ask(workers, hostile.sound("PNG"), tmp_path)
+    process = workers._idle[0]._process
+    monkeypatch.setattr(subprocess.Popen, "kill", refuse)
+    workers.rest()
+    assert process.poll() == 0
+    assert ask(workers, hostile.sound("PNG"), tmp_path) == "PNG"
+
+
 def test_one_that_hangs_is_replaced(tmp_path: Path) -> None:
     pool = Workers(1, picture_s=0.5)
     fifo = tmp_path / "fifo"
