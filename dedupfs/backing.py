@@ -94,7 +94,7 @@ def _inode_flags(fd: int) -> int:
 
 def _mounts() -> Iterator[tuple[str, str, str]]:
     """Of everything mounted: its mount id, its device number, and the kernel's name for the kind of filesystem."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+    with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             mount, _, source = line.partition(" - ")
             mount_id, _, device, _ = mount.split(" ", 3)
@@ -137,6 +137,7 @@ class Backing:
         except OSError as error:
             raise SourceError(f"cannot open {shown}: {error.strerror}") from None
         self.filesystem = _filesystem_of(self.root_fd)
+        self._noatime = noatime
         if noatime:
             with suppress(OSError):
                 self._enter_quiet_mount()
@@ -167,6 +168,17 @@ class Backing:
             os.close(clone)
         os.close(self.root_fd)
         self.root_fd = root_fd
+
+    def reopen(self) -> None:
+        """Reach the source by its path once more: it was opened where not everything could be seen that is mounted in
+        it. Any thread may be using it. Raises SourceError when another directory is there, OSError."""
+        found = Backing(self.source, noatime=self._noatime)
+        try:
+            if (found.device, found.root_ino) != (self.device, self.root_ino):
+                raise SourceError(f"{os.fsdecode(self.source)} is another directory than a moment ago; try again")
+            os.dup2(found.root_fd, self.root_fd, inheritable=False)
+        finally:
+            found.close()
 
     def close(self) -> None:
         os.close(self.root_fd)

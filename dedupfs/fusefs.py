@@ -138,13 +138,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         fsname: str,
         *,
         passthrough: bool,
+        before_mounting: Callable[[], None],
         on_ready: Callable[["_Adapter"], None],
     ) -> None:
         self._engine, self._vfs, self._io = engine, engine.vfs, engine.vfs.io
         self._wants_passthrough = passthrough
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
-        self.session = Session(threads=_THREADS)
+        self.session = Session(threads=_THREADS, before_mounting=before_mounting)
         self._names = OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
@@ -556,9 +557,10 @@ def serve(
     *,
     fsname: str,
     wanted: Wanted,
+    before_mounting: Callable[[], None],
     on_ready: Callable[[Mount], None],
 ) -> None:
-    """Mount, and serve until unmounted. `on_ready` is called from FUSE's init.
+    """Mount, and serve until unmounted. `before_mounting` is called directly before, `on_ready` from FUSE's init.
 
     Raises Unavailable for passthrough that is wanted and cannot be had, SourceError when mounting fails.
     """
@@ -578,7 +580,15 @@ def serve(
         on_ready(Mount(adapter.replaced, lambda: hindrance or adapter.why_no_passthrough()))
 
     try:
-        _Adapter(engine, mountpoint, options, fsname, passthrough=not hindrance, on_ready=announce)
+        _Adapter(
+            engine,
+            mountpoint,
+            options,
+            fsname,
+            passthrough=not hindrance,
+            before_mounting=before_mounting,
+            on_ready=announce,
+        )
     except RuntimeError as error:
         if not ready.is_set():
             raise SourceError(f"cannot mount at {mountpoint} (libfuse says {error}); see the lines above") from None

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from .errors import Unavailable
@@ -131,9 +132,10 @@ class Session:
     telling the kernel of a file. Here those come to their end first.
     """
 
-    def __init__(self, *, threads: int) -> None:
-        """Up to `threads` serve requests. None ends for being idle: the interpreter keeps something for each."""
-        self._threads = threads
+    def __init__(self, *, threads: int, before_mounting: Callable[[], None]) -> None:
+        """Up to `threads` serve requests. None ends for being idle: the interpreter keeps something for each.
+        `before_mounting` is called when nothing is left to be done but that."""
+        self._threads, self._before_mounting = threads, before_mounting
         self._fuse: int | None = None
         self._lock = threading.Lock()
         self._open = False
@@ -156,6 +158,7 @@ class Session:
             _library.fuse_destroy(self._fuse)
 
     def _serve(self, fuse_: int, mountpoint: bytes) -> int:
+        self._before_mounting()
         if _library.fuse_mount(fuse_, mountpoint):
             return _FAILED_MOUNT
         try:

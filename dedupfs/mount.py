@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -28,7 +28,7 @@ from .engine import Engine
 from .errors import Busy, DedupfsError, SourceError, Unavailable, UsageError
 from .model import STORE_DIRECTORY, Progress
 from .notify import Herald
-from .unmount import FUSERMOUNT
+from .unmount import FUSERMOUNT, beneath, detach_dead, is_dead
 
 if TYPE_CHECKING:
     from .pictures import Pictures
@@ -52,19 +52,32 @@ def serve(
 ) -> None:
     """Mount `source` at `mountpoint` and serve it until it is unmounted, by whatever means.
 
-    `on_ready` is called once, when the mount answers, from any thread. With `background`, standard error then goes to
-    the log in the store. Returns when the store is closed and marked clean. Raises what keeps it from mounting.
+    What a killed daemon left there stays until the moment before, for root. `on_ready` is called once, when the mount
+    answers, from any thread. With `background`, standard error then goes to the log in the store. Returns when the
+    store is closed and marked clean. Raises what keeps it from mounting.
     """
     from . import fusefs  # chooses and loads libfuse, which no other command needs
 
     source, mountpoint = os.path.abspath(source), os.path.realpath(mountpoint)
-    _check_before_mounting(source, mountpoint, options)
+
+    def look() -> Backing:
+        _check_before_mounting(source, mountpoint, options)
+        return Backing(source, noatime=options.noatime)
+
+    dead = os.geteuid() == 0 and is_dead(mountpoint)
+    backing = beneath(mountpoint, look) if dead else look()
+
+    def make_room() -> None:
+        if dead:
+            detach_dead(mountpoint)
+            backing.reopen()
+
     with _signals() as hold_signals, ExitStack() as shutdown:
-        engine = Engine(source, options)
+        engine = Engine(source, options, backing=backing)
         shutdown.callback(engine.close)
         if options.rules is not None:
             engine.store.keep_rules(options.rules)
-        log_fd = _open_log(source) if background else None
+        log_fd = backing.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if background else None
         if log_fd is not None:
             shutdown.callback(os.close, log_fd)
 
@@ -107,6 +120,7 @@ def serve(
                 words,
                 fsname=source,
                 wanted=options.passthrough,
+                before_mounting=make_room,
                 on_ready=when_ready,
             )
         except Exception:
@@ -263,12 +277,6 @@ def _signals() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _open_log(source: str) -> int:
-    """The log's descriptor, opened while the source is still reachable by its path."""
-    with closing(Backing(source)) as backing:
-        return backing.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
 def _check_before_mounting(source: str, mountpoint: str, options: MountOptions) -> None:

@@ -1,11 +1,18 @@
-"""Unmounting, and waiting for the daemon to end; removing what is left of one that was killed."""
+"""Unmounting, and waiting for the daemon to end; and dead mounts, which a daemon leaves that is killed.
 
+A dead mount answers ENOTCONN, and hides what is beneath it. That is worth keeping until another one takes its place:
+where the bare directory is seen, references read as zeros, and what is written is written past the mount.
+"""
+
+import ctypes
 import errno
 import os
 import select
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from . import control
 from .errors import Busy, NotMounted, SourceError, Unavailable, UsageError
@@ -13,6 +20,16 @@ from .errors import Busy, NotMounted, SourceError, Unavailable, UsageError
 FUSERMOUNT = "fusermount3"
 
 _PATIENCE_S = 5
+
+# unshare(2), mount(2), umount2(2)
+_CLONE_NEWNS = 0x20000
+_MS_REC_PRIVATE = 0x4000 | 1 << 18
+_DETACH_NOFOLLOW = 2 | 8
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p]
+
+Seen = TypeVar("Seen")
 
 
 def unmount(mountpoint: str, still_there: Callable[[int], None]) -> None:
@@ -57,6 +74,35 @@ def is_dead(mountpoint: str) -> bool:
     return False
 
 
+def detach_dead(mountpoint: str) -> None:
+    """Let what a killed daemon left go at once, and nothing else. Raises OSError: root."""
+    while is_dead(mountpoint):
+        _check(_libc.umount2(os.fsencode(mountpoint), _DETACH_NOFOLLOW))
+
+
+def beneath(mountpoint: str, look: Callable[[], Seen]) -> Seen:
+    """What `look` answers, which sees what dead mounts at `mountpoint` hide; all others see these still.
+
+    It runs in a thread with a mount namespace of its own. A directory that it opens is good for what is on that
+    filesystem; those that are mounted in it go with the thread. Raises OSError (root), and what `look` raises.
+    """
+
+    def enter() -> Seen:
+        _check(_libc.unshare(_CLONE_NEWNS))
+        _check(_libc.mount(None, b"/", None, _MS_REC_PRIVATE, None))  # or everybody would lose what is detached here
+        detach_dead(mountpoint)
+        return look()
+
+    with ThreadPoolExecutor(1, "beneath") as pool:
+        return pool.submit(enter).result()
+
+
+def _check(result: int) -> None:
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 def _run_unmount(mountpoint: str, *, lazy: bool) -> None:
     if shutil.which(FUSERMOUNT) is not None:
         command = [FUSERMOUNT, "-u", *(["-z"] if lazy else [])]
@@ -86,7 +132,7 @@ def _run_unmount(mountpoint: str, *, lazy: bool) -> None:
 def _mounted_type(mountpoint: str) -> str | None:
     """What /proc says is mounted there last: the one way to ask about a mount that answers nothing."""
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+    with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             fields, _, filesystem = line.partition(" - ")
             if _unescape(fields.split(" ")[4]) == mountpoint:

@@ -109,7 +109,7 @@ def set_in_the_unit(name: str) -> list[str]:
 def test_the_unit_lets_workers_shut_themselves_in() -> None:
     """What `sandbox` does needs more than a daemon otherwise does, and systemd's filters cannot be had without it."""
     assert {"CAP_SYS_CHROOT", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"} <= set(set_in_the_unit("CapabilityBoundingSet"))
-    assert {"net", "ipc", "uts"} <= set(set_in_the_unit("RestrictNamespaces"))
+    assert {"mnt", "net", "ipc", "uts"} <= set(set_in_the_unit("RestrictNamespaces"))
     assert {"@mount", "landlock_create_ruleset", "landlock_restrict_self"} <= set(set_in_the_unit("SystemCallFilter"))
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -609,6 +610,70 @@ def test_a_mount_in_use_is_not_ended(mounted: Mounted) -> None:
         file.write(b"still writing")
     assert path.read_bytes() == b"still writing"
     assert mounted.is_alive
+
+
+@pytest.fixture(params=[False, True], ids=["elsewhere", "over itself"])
+def dead(mounts: Mounts, request: pytest.FixtureRequest) -> Iterator[Mounted]:
+    """A mount whose daemon was killed, twice: the second one in the place of the first. Another filesystem is mounted
+    inside the source."""
+
+    def prepare(source: Path) -> None:
+        (source / "other").mkdir()
+        tool("mount", "-t", "tmpfs", "-o", "size=16m", "none", source / "other")
+
+    mounted = mounts.new("noatime", over_itself=request.param, prepare=prepare).start()
+    shared_copies(mounted, photograph())
+    mounted.path("other/there").write_bytes(b"there")
+    for _ in range(2):
+        mounted.kill(stays=True)
+        assert dead_at(mounted.mountpoint)
+        mounted.start()
+    mounted.kill(stays=True)
+    yield mounted
+    mounted.unmount()
+    tool("umount", mounted.source / "other")
+
+
+def dead_at(path: Path) -> bool:
+    try:
+        os.listdir(path)  # attributes would come from the kernel's cache
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+@needs_root
+@REFERENCES
+def test_a_dead_mount_is_replaced(dead: Mounted) -> None:
+    dead.start()
+    for path in dead.mountpoint.glob("*/*.jpg"):
+        assert path.read_bytes() == photograph().read_bytes()
+    assert dead.path("other/there").read_bytes() == b"there"
+    dead.path("new").write_bytes(photograph().read_bytes())
+    dead.settle()
+    assert dead.state("new") == "reference"
+    # What the daemon killed last left is gone, too, and nothing is below.
+    assert len([line for line in mount_table() if line.split()[4] == os.fspath(dead.mountpoint)]) == 1
+
+
+def mount_table() -> list[str]:
+    return Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+
+
+@needs_root
+@REFERENCES
+def test_a_dead_mount_stays_until_another_one_can_take_its_place(dead: Mounted) -> None:
+    """Who reads or writes in the bare directory meanwhile does harm; who gets an error does none."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        metrics = f"metrics=127.0.0.1:{taken.getsockname()[1]}"
+        options = ",".join((*dead.options, metrics))
+        answer = dedupfs("mount", dead.source, dead.mountpoint, "-o", options, exit_code=None)
+        assert answer.exit_code not in (0, 70)
+        assert dead_at(dead.mountpoint)
+    wrong = dedupfs("mount", dead.source, dead.mountpoint, "-o", "no_such_option", exit_code=64)
+    assert "no_such_option" in wrong.stderr
+    assert dead_at(dead.mountpoint)
+    dead.start()
 
 
 @needs_root

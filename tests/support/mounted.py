@@ -208,14 +208,14 @@ class Mounted:
         self._forget_process()
         assert not is_mountpoint(self.mountpoint)
 
-    def kill(self) -> None:
-        """SIGKILL the daemon and take away the dead mount, as an operator would."""
+    def kill(self, *, stays: bool = False) -> None:
+        """SIGKILL the daemon and take away the dead mount, as an operator would, unless that `stays`."""
         assert self._process >= 0, "nothing is mounted"
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
         assert _has_ended(self._process, patience_s=_PATIENCE_S), f"process {self.pid} survives SIGKILL"
         self._forget_process()
-        if is_mountpoint(self.mountpoint):
+        if is_mountpoint(self.mountpoint) and not stays:
             unmount(self.mountpoint, patience_s=0)
         self._needs_reconcile = True
         self._expected_log += AFTER_A_KILL
