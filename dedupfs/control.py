@@ -345,7 +345,7 @@ def mount_at(path: str) -> str | None:
             return None
         return os.fsdecode(os.getxattr(path, CONTROL_XATTR))
     except OSError as error:
-        if error.errno == errno.ENOTCONN:
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):  # it died before we asked, or just now
             raise NotMounted(f"the mount at {path} is dead; run dedupfs umount {path}") from None
         if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
             raise SourceError(f"{path}: {error.strerror}") from None
