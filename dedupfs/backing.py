@@ -78,7 +78,8 @@ _MOUNT_ATTR_NOATIME = 0x10
 _MOUNT_ATTR__ATIME = 0x70
 
 
-def _check(result: int) -> int:
+def checked(result: int) -> int:
+    """What a function of the C library answered. Raises OSError with its errno for less than 0."""
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -157,10 +158,10 @@ class Backing:
     def _enter_quiet_mount(self) -> None:
         """Reach the source through a mount of our own that keeps no access times: what the kernel reads on its own for
         an app (see `passthrough`) it reads with the app's flags, not with ours. Raises OSError: root, Linux 5.12."""
-        clone = _check(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_TREE))
+        clone = checked(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_TREE))
         try:
             attributes = _MOUNT_ATTR.pack(_MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0)
-            _check(
+            checked(
                 _libc.syscall(_SYS_MOUNT_SETATTR, clone, b"", _WHOLE_TREE, attributes, ctypes.c_size_t(len(attributes)))
             )
             root_fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=clone)
@@ -280,7 +281,7 @@ class Backing:
 
     def rename(self, path: bytes, new: bytes, flags: int = 0) -> None:
         if flags:
-            _check(_libc.renameat2(self.root_fd, path, self.root_fd, new, flags))
+            checked(_libc.renameat2(self.root_fd, path, self.root_fd, new, flags))
         else:
             os.rename(path, new, src_dir_fd=self.root_fd, dst_dir_fd=self.root_fd)
 
@@ -304,11 +305,11 @@ class Backing:
 
     def utimensat(self, path: bytes, times: int | None) -> None:
         """`times`: the address of two struct timespec, UTIME_NOW and UTIME_OMIT included, or None for now."""
-        _check(_libc.utimensat(self.root_fd, path or b".", times, _AT_SYMLINK_NOFOLLOW))
+        checked(_libc.utimensat(self.root_fd, path or b".", times, _AT_SYMLINK_NOFOLLOW))
 
     @staticmethod
     def futimens(fd: int, times: int | None) -> None:
-        _check(_libc.futimens(fd, times))
+        checked(_libc.futimens(fd, times))
 
     def _xattr_path(self, path: bytes) -> bytes:
         # There is no getxattrat before Linux 6.13; the magic link leads into the source even where it is mounted over.
@@ -395,7 +396,7 @@ class Backing:
 
     @staticmethod
     def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-        _check(_libc.fallocate(fd, mode, offset, length))
+        checked(_libc.fallocate(fd, mode, offset, length))
 
     @staticmethod
     def copy_range(source: int, target: int, length: int) -> None:
@@ -469,7 +470,7 @@ class Backing:
     def sync(self) -> None:
         """Flush the whole filesystem. Raises OSError."""
         now_ns, clock_ns = time.time_ns(), _clock_ns()
-        _check(_libc.syncfs(self.root_fd))
+        checked(_libc.syncfs(self.root_fd))
         self._synced_ns, self._synced_clock_ns = now_ns, clock_ns
 
     def is_on_disk(self, st: os.stat_result) -> bool:
@@ -491,7 +492,7 @@ class Backing:
         else:
             # btrfs would log what it thinks is in question. Beside inodes that settling renames into the directory from
             # another one, that has not always been all of it.
-            _check(_libc.syncfs(directory_fd))
+            checked(_libc.syncfs(directory_fd))
 
     @staticmethod
     def is_immutable(fd: int) -> bool:

@@ -84,9 +84,8 @@ class Index:
         except lmdb.Error as error:
             raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
         try:
-            self._check_identity(
-                identity.encode(), take_over=take_over
-            )  # before a table is made that another schema does not have
+            # Before a table is made that another schema does not have.
+            self._check_identity(identity.encode(), take_over=take_over)
             self._open_tables()
         except BaseException:
             self._env.close()

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from . import control
+from .backing import checked
 from .errors import Busy, NotMounted, SourceError, Unavailable, UsageError
 
 FUSERMOUNT = "fusermount3"
@@ -77,7 +78,7 @@ def is_dead(mountpoint: str) -> bool:
 def detach_dead(mountpoint: str) -> None:
     """Let what a killed daemon left go at once, and nothing else. Raises OSError: root."""
     while is_dead(mountpoint):
-        _check(_libc.umount2(os.fsencode(mountpoint), _DETACH_NOFOLLOW))
+        checked(_libc.umount2(os.fsencode(mountpoint), _DETACH_NOFOLLOW))
 
 
 def beneath(mountpoint: str, look: Callable[[], Seen]) -> Seen:
@@ -88,19 +89,13 @@ def beneath(mountpoint: str, look: Callable[[], Seen]) -> Seen:
     """
 
     def enter() -> Seen:
-        _check(_libc.unshare(_CLONE_NEWNS))
-        _check(_libc.mount(None, b"/", None, _MS_REC_PRIVATE, None))  # or everybody would lose what is detached here
+        checked(_libc.unshare(_CLONE_NEWNS))
+        checked(_libc.mount(None, b"/", None, _MS_REC_PRIVATE, None))  # or everybody would lose what is detached here
         detach_dead(mountpoint)
         return look()
 
     with ThreadPoolExecutor(1, "beneath") as pool:
         return pool.submit(enter).result()
-
-
-def _check(result: int) -> None:
-    if result:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 def _run_unmount(mountpoint: str, *, lazy: bool) -> None:

@@ -712,7 +712,7 @@ MUTATIONS = [
     ),
     Mutation(
         "names are not flushed where there is no order", "backing",
-        "            _check(_libc.syncfs(directory_fd))",
+        "            checked(_libc.syncfs(directory_fd))",
         "            self.fsync(directory_fd)",
         2, (_ENGINE + "test_order.py",),
         "only losing power on btrfs shows it, now and then: scripts/power-loss 300 -k btrfs",
