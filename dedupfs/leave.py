@@ -26,7 +26,7 @@ from .rules import NOTHING
 from .store import BLOBS, INDEX, ORPHANS, QUARANTINE, STAGING, TRASH, Store, is_in_another
 
 # What dedupfs itself puts into a store, and may therefore take away.
-_FURNITURE = (b"README", b"clean", b"daemon.json", b"daemon.log", b"history.jsonl", b"sharing.json")
+_FURNITURE = (b"README", b"clean", b"daemon.json", b"daemon.log", b"history.jsonl", b"reserve", b"sharing.json")
 _LAST = (b"format", b"lock")
 # What it made for people, which is theirs.
 _KEPT = {DECISIONS: "says what people decided about pictures; move it to where you keep it"}

@@ -30,6 +30,7 @@ from .matching import NOTHING, Looked, Matcher
 from .model import ContentKey, Digest, FileState, Ino, Learned
 from .openfiles import RELEASE_S, Gate, GivenUp, InUse, Key, OpenFiles
 from .readahead import ReadAhead
+from .reserve import Reserve
 from .sharing import Changed
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Settler:
         self._device, self._root = backing.device, backing.root_ino
         self._gate = gate
         self._readahead = ReadAhead(backing)
+        self._reserve = Reserve(backing)
         self._condition = threading.Condition(threading.Lock())
         self._fresh: dict[Ino, _Pending] = {}
         self._backlog: dict[Ino, _Pending] = {}
@@ -372,6 +374,7 @@ class Settler:
 
     def _run(self) -> None:
         while True:
+            self._reserve.keep()
             with self._condition:
                 self._condition.wait_for(self._finds_work, self._nap_s())
                 self._awake = True
@@ -578,6 +581,8 @@ class Settler:
             try:
                 batch.commit()
             except IndexDamaged as error:
+                if self._reserve.give():
+                    continue  # now that there is room for it
                 with self._condition:
                     if self._thread is None or self._stopping:
                         raise

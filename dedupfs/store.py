@@ -8,6 +8,7 @@
         daemon.json    while mounted: {"pid": …, "mountpoint": …, "socket": …}
         history.jsonl  what there was, day by day (see `history`)
         sharing.json   which files must not share, as the last mount was told; absent where all may
+        reserve        room for when the disk is full (see `reserve`)
         blobs/         canonical contents (see `blobs`)
         index/         LMDB (see `index`)
         staging/       references under construction; anything left here by a crash is swept at the next start
@@ -48,6 +49,7 @@ _RULES = STORE_DIRECTORY + b"/sharing.json"
 
 BLOBS = STORE_DIRECTORY + b"/blobs"
 INDEX = STORE_DIRECTORY + b"/index"
+RESERVE = STORE_DIRECTORY + b"/reserve"
 STAGING = STORE_DIRECTORY + b"/staging"
 ORPHANS = STORE_DIRECTORY + b"/orphans"
 QUARANTINE = STORE_DIRECTORY + b"/quarantine"

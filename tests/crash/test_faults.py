@@ -21,6 +21,7 @@ from tests.support.disk import Disk, disk
 from tests.support.filesystems import (
     FilesystemPool,
     Unsupported,
+    fill,
     loop_filesystem,
     make_filesystem,
     mounted_device,
@@ -211,33 +212,34 @@ def quota(filesystem_pool: FilesystemPool) -> Iterator[Path]:
 
 @pytest.mark.parametrize("strategy", ["reference", "reflink"])
 def test_the_quota_is_used_up(quota: Path, tmp_path: Path, strategy: str) -> None:
-    mounted = Mounted(
-        quota / "source", tmp_path / "mount", options=[f"share={strategy}"], expected_log=TROUBLE, watchdog_s=200
-    ).start()
+    options = [f"share={strategy}"]
     saved: dict[str, bytes] = {}
-    with pytest.raises(OSError) as met:
-        for number in range(500):
-            name, data = f"{number}.jpg", _photo(number // 2)
-            _save(mounted.path(name), data, sync=True)
-            saved[name] = data
-    assert met.value.errno == errno.EDQUOT
-    assert _wrong(mounted, saved) == []
-    mounted.path(f"{len(saved)}.jpg").unlink(missing_ok=True)
-    # Every path of every third content: what is left of only one of two would free nothing.
-    for number in [number for number in range(len(saved)) if number // 2 % 3 == 0]:
-        mounted.path(f"{number}.jpg").unlink()
-        del saved[f"{number}.jpg"]
-    mounted.settle()  # their blobs go in the background, and btrfs counts what has gone at its next commit
-    os.sync()
-    data = _photo(1000)
-    _save(mounted.path("again.jpg"), data)
-    _save(mounted.path("and again.jpg"), data)
-    saved |= {"again.jpg": data, "and again.jpg": data}
-    dedupfs("scan", mounted.mountpoint)
-    mounted.settle()
-    assert _wrong(mounted, saved) == []
-    assert mounted.state("again.jpg") == {"reference": "reference", "reflink": "shared"}[strategy]
-    mounted.finish()
+    with Mounted(
+        quota / "source", tmp_path / "mount", options=options, expected_log=TROUBLE, watchdog_s=200
+    ) as mounted:
+        with pytest.raises(OSError) as met:
+            for number in range(500):
+                name, data = f"{number}.jpg", _photo(number // 2)
+                _save(mounted.path(name), data, sync=True)
+                saved[name] = data
+        assert met.value.errno == errno.EDQUOT
+        assert _wrong(mounted, saved) == []
+        mounted.path(f"{len(saved)}.jpg").unlink(missing_ok=True)
+        fill(quota / "filler")
+        # Every path of every third content: what is left of only one of two would free nothing.
+        for number in [number for number in range(len(saved)) if number // 2 % 3 == 0]:
+            mounted.path(f"{number}.jpg").unlink()
+            del saved[f"{number}.jpg"]
+        mounted.settle()  # their blobs go in the background, and btrfs counts what has gone at its next commit
+        os.sync()
+        data = _photo(1000)
+        _save(mounted.path("again.jpg"), data)
+        _save(mounted.path("and again.jpg"), data)
+        saved |= {"again.jpg": data, "and again.jpg": data}
+        dedupfs("scan", mounted.mountpoint)
+        mounted.settle()
+        assert _wrong(mounted, saved) == []
+        assert mounted.state("again.jpg") == {"reference": "reference", "reflink": "shared"}[strategy]
 
 
 # --- no descriptor left

@@ -3,12 +3,14 @@
 import errno
 import os
 import random
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.filesystems import Filesystem, FilesystemPool, Unsupported, loop_filesystem
+from tests.support.filesystems import Filesystem, FilesystemPool, Unsupported, fill, loop_filesystem
 from tests.support.mounted import Mounted, dedupfs
 
 DISK_BYTES = 48 << 20
@@ -22,13 +24,19 @@ FULL = (
 )
 
 
-@pytest.fixture
-def small_disk(filesystem_pool: FilesystemPool) -> Iterator[Filesystem]:
+@contextmanager
+def _loop_filesystem(pool: FilesystemPool, kind: str, size_bytes: int) -> Iterator[Filesystem]:
     try:
-        with loop_filesystem("ext4", filesystem_pool.directory, size_bytes=DISK_BYTES) as filesystem:
+        with loop_filesystem(kind, pool.directory, size_bytes=size_bytes) as filesystem:
             yield filesystem
     except Unsupported as problem:
         pytest.skip(str(problem))
+
+
+@pytest.fixture
+def small_disk(filesystem_pool: FilesystemPool) -> Iterator[Filesystem]:
+    with _loop_filesystem(filesystem_pool, "ext4", DISK_BYTES) as filesystem:
+        yield filesystem
 
 
 @pytest.fixture
@@ -51,19 +59,6 @@ def _save(path: Path, data: bytes) -> None:
         done = 0
         while done < len(data):
             done += os.write(fd, data[done : done + (64 << 10)])
-    finally:
-        os.close(fd)
-
-
-def _fill(path: Path) -> None:
-    """Take every block that is left, outside of the mount."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        for size_bytes in (1 << 20, 4096):
-            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-                while True:
-                    os.write(fd, bytes(size_bytes))
-                    os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -105,7 +100,7 @@ def test_sharing_without_a_free_block(mounted: Mounted, small_disk: Filesystem) 
     pairs = {f"{side}{number}.jpg": _photo(number) for number in range(PAIRS) for side in ("left", "right")}
     for name, data in pairs.items():
         _save(mounted.path(name), data)
-    _fill(small_disk.root / "filler")
+    fill(small_disk.root / "filler")
 
     wrong = [name for name, data in pairs.items() if mounted.path(name).read_bytes() != data]
     assert not wrong
@@ -126,6 +121,43 @@ def test_sharing_without_a_free_block(mounted: Mounted, small_disk: Filesystem) 
     assert {name: mounted.state(name) for name in pairs} == dict.fromkeys(pairs, "reference")
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_deleting_frees_a_disk_without_a_free_block(filesystem_pool: FilesystemPool, tmp_path: Path, kind: str) -> None:
+    """The index has to be written before a blob goes, and has no room but what was kept for that."""
+    with (
+        _loop_filesystem(filesystem_pool, kind, 320 << 20) as disk,
+        Mounted(
+            disk.root / "source", tmp_path / "mount", options=["share=reference"], expected_log=FULL, watchdog_s=200
+        ) as mounted,
+    ):
+        reserve = mounted.store / "reserve"
+        pairs = {f"{number}.{side}.jpg": _photo(number, 20_000) for number in range(500) for side in ("one", "two")}
+        for name, data in pairs.items():
+            mounted.path(name).write_bytes(data)
+        mounted.settle()
+        kept_bytes = os.stat(reserve).st_blocks * 512
+        assert kept_bytes >= (320 << 20) // 256 * 0.9
+        fill(disk.root / "filler")
+        deleted = [name for name in pairs if int(name.partition(".")[0]) < 250]
+        for name in deleted:
+            mounted.path(name).unlink()
+        mounted.settle()
+        assert sum(1 for _ in (mounted.store / "blobs").glob("*/*")) == 250
+        os.sync()
+        freed = os.statvfs(disk.root)
+        assert freed.f_bavail * freed.f_frsize > 2_000_000  # of 5,000,000 and the reserve
+        mounted.path("fits.jpg").write_bytes(_photo(1000, 1_000_000))
+
+        (disk.root / "filler").unlink()
+        os.sync()
+        until = time.monotonic() + 60
+        while not reserve.exists() or os.stat(reserve).st_blocks * 512 < kept_bytes:
+            assert time.monotonic() < until, "no room is kept again"
+            mounted.path("something to do.jpg").write_bytes(_photo(2000))
+            mounted.settle()
+        assert [name for name in pairs if name not in deleted and mounted.path(name).read_bytes() != pairs[name]] == []
+
+
 def test_a_reference_cannot_be_materialised(mounted: Mounted, small_disk: Filesystem) -> None:
     """It takes room that an ordinary file would not need: the app is told so by open, and loses nothing."""
     data = _photo(1, 4 << 20)
@@ -133,7 +165,7 @@ def test_a_reference_cannot_be_materialised(mounted: Mounted, small_disk: Filesy
         _save(mounted.path(name), data)
     mounted.settle()
     assert mounted.state("left.jpg") == "reference"
-    _fill(small_disk.root / "filler")
+    fill(small_disk.root / "filler")
 
     for flags in (os.O_RDWR, os.O_WRONLY | os.O_APPEND):
         with pytest.raises(OSError) as met:

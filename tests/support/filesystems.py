@@ -5,6 +5,7 @@ kind. An image is made once a session and kind, and each test gets an empty dire
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -157,6 +158,23 @@ def remove_work_directory(path: Path) -> None:
     for image in path.glob("*.image"):
         _detach(image)
     remove_tree(path)
+
+
+def fill(path: Path) -> None:
+    """Take every block that can still be had, for a file that is not in any mount of dedupfs."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        for size_bytes in (1 << 20, 4096):
+            while True:
+                try:
+                    os.write(fd, bytes(size_bytes))
+                    os.fsync(fd)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    break
+    finally:
+        os.close(fd)
 
 
 # --- loop devices

@@ -35,6 +35,7 @@ LAYERS = [
     "readahead",
     "readme",
     "store",
+    "reserve",
     "history",
     "blobs",
     "trash",
