@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 from .backing import Backing
 from .blobs import Blobs
@@ -36,7 +37,9 @@ _ROUND = 4  # contents a worker, before it is looked again what is next
 _GROUP_S = 1.0  # what comes in this time
 _HELD_BACK_S = 1.0  # at most, before each round of workers
 _LOOK_S = 0.05
-_LATER_S = 30.0  # until what could not be read is tried again
+_SOON_S = 0.1  # until what could not be read is tried again: most often it was just shared. Doubled each time,
+_LATER_S = 30.0  # up to this,
+_MOMENT_S = 1.6  # and up to this, whoever waits for it goes on waiting
 _REST_S = 30.0  # without work, until the workers go
 _WITHOUT_WORKERS_S = 60.0  # until it is tried again whether they can be had
 _CLOCK_S = 10.0  # until it is looked again whether quiet hours are over
@@ -44,6 +47,17 @@ _RETRY_S = 5.0  # after the index could not be written
 _PUT_BACK = 500
 _MOST_ENTRIES = 1000  # of a directory that are looked at, and
 _MOST_BESIDE = 64  # files of it a picture is compared with beside those that are near
+
+
+class _PutOff(NamedTuple):
+    """What could not be read, and when it is tried again."""
+
+    until_s: float  # as time.monotonic counts
+    delay_s: float
+
+    @property
+    def is_for_a_moment(self) -> bool:
+        return self.delay_s <= _MOMENT_S
 
 
 def _but_sealed(stamp: Stamp) -> Stamp:
@@ -75,7 +89,7 @@ class Describer:
         self._at_a_time = at_a_time
         self._condition = threading.Condition()
         self._urgent: dict[ContentKey, None] = {}
-        self._later: dict[ContentKey, float] = {}  # when to try again
+        self._put_off: dict[ContentKey, _PutOff] = {}
         self._awake = False
         self._stopping = False
         self._idle = False
@@ -129,7 +143,8 @@ class Describer:
             return
 
         def done() -> bool:
-            waiting.difference_update([each for each in waiting if each in self._later or not self._waits(each)])
+            over = [each for each in waiting if self._is_out_of_reach(each) or not self._waits(each)]
+            waiting.difference_update(over)
             return not waiting or self._ended()
 
         with self._patiently():
@@ -150,13 +165,22 @@ class Describer:
                 if entry is None or entry.state is not ImageState.WAITING:
                     return entry
                 left_s = deadline - time.monotonic()
-                if left_s <= 0 or self._ended() or content in self._later:
+                if left_s <= 0 or self._ended() or self._is_out_of_reach(content):
                     return None
+                put_off = self._put_off.get(content)
+                if put_off is not None and (again_s := put_off.until_s - time.monotonic()) > 0:
+                    self._condition.wait(min(left_s, again_s))
+                    continue
                 self._urgent[content] = None
                 self._awake = True
                 self._idle = False
                 self._condition.notify_all()
                 self._condition.wait(left_s)
+
+    def _is_out_of_reach(self, content: ContentKey) -> bool:
+        """Whether it cannot be read now, and that is not just for a moment. The condition is held."""
+        put_off = self._put_off.get(content)
+        return put_off is not None and not put_off.is_for_a_moment
 
     def _ended(self) -> bool:
         return self._stopping or bool(self.why_not) or self._thread is None
@@ -227,15 +251,17 @@ class Describer:
         """Nothing to do, until somebody says otherwise or it is time to try something again."""
         with self._condition:
             if not self._awake:
-                self._idle = True
+                self._idle = not any(each.is_for_a_moment for each in self._put_off.values())
                 self._condition.notify_all()
-                until = min([*self._later.values(), time.monotonic() + _REST_S])
-                self._condition.wait_for(lambda: self._awake or self._stopping, max(until - time.monotonic(), 0.0))
+                until_s = min([each.until_s for each in self._put_off.values()], default=time.monotonic() + _REST_S)
+                self._condition.wait_for(lambda: self._awake or self._stopping, max(until_s - time.monotonic(), 0.0))
             rested = not self._awake
             self._awake = False
-            now = time.monotonic()
-            self._later = {content: when for content, when in self._later.items() if when > now}
-        if rested and not self._later:
+            now_s = time.monotonic()
+            for content in [each for each, put_off in self._put_off.items() if put_off.until_s <= now_s]:
+                if not self._waits(content):
+                    del self._put_off[content]
+        if rested and not self._put_off:
             self._workers.rest()
             self._comparer.rest()
 
@@ -278,9 +304,7 @@ class Describer:
             for content, described in zip(chosen, pool.map(self._describe, chosen), strict=True):
                 self._hold_back()
                 if described is None:
-                    with self._condition:
-                        self._later[content] = time.monotonic() + _LATER_S
-                        self._condition.notify_all()
+                    self._try_later(content)
                 else:
                     done[content] = self._compared(content, described)
             if self._asking and done:
@@ -289,11 +313,19 @@ class Describer:
             self._write(done)
         return took
 
+    def _try_later(self, content: ContentKey) -> None:
+        with self._condition:
+            before = self._put_off.get(content)
+            delay_s = _SOON_S if before is None else min(2 * before.delay_s, _LATER_S)
+            self._put_off[content] = _PutOff(time.monotonic() + delay_s, delay_s)
+            self._condition.notify_all()
+
     def _choose(self, done: dict[ContentKey, Described]) -> list[ContentKey]:
         with self._condition:
-            urgent, later = list(self._urgent), set(self._later)
+            urgent, now_s = list(self._urgent), time.monotonic()
             self._urgent.clear()
-        skipped = later.union(done)
+            put_off = {content for content, each in self._put_off.items() if each.until_s > now_s}
+        skipped = put_off.union(done)
         most = _ROUND * self._at_a_time  # some are described while others are compared
         waiting = self._index.images.waiting(most + len(skipped))
         chosen = dict.fromkeys(content for content in (*urgent, *waiting) if content not in skipped)
@@ -346,6 +378,8 @@ class Describer:
                 batch.put_image(content, described)
         self._similar.written()
         with self._condition:
+            for content in done:
+                self._put_off.pop(content, None)
             self.described += len(done)
             self._condition.notify_all()
         self.on_described(new)

@@ -4,13 +4,15 @@ import io
 import os
 
 import pytest
+import xxhash
 from PIL import Image
 
 from dedupfs import describing
 from dedupfs.errors import IndexDamaged
+from dedupfs.imagetables import Described
 from dedupfs.index import Batch
 from dedupfs.magic import looks_like_picture
-from dedupfs.model import ImageState, Ino
+from dedupfs.model import ContentKey, Digest, ImageState, Ino
 from tests.engine.bench import Bench, impatient
 from tests.support import hostile
 from tests.support.photos import photographs
@@ -116,6 +118,32 @@ def test_a_file_that_becomes_a_blob_just_now_is_described(bench: Bench) -> None:
     engine.settler._commit = commit  # type: ignore[method-assign]
     assert described
     assert None not in described
+
+
+def test_a_file_that_becomes_a_blob_while_it_is_described(bench: Bench) -> None:
+    """What was described may be of a file that somebody was writing to; so it is again, and who asks waits for that."""
+    bench.reopen(start=True)
+    engine = bench.engine
+    assert engine.imaging is not None
+    describer, described = engine.imaging.describer, []
+    describe = describer._describe_open
+
+    def describe_and_share(fd: int) -> Described:
+        described.append(describe(fd))
+        if len(described) == 1:
+            bench.write("two.jpg", picture())
+            assert engine.settler.wait_idle(30)
+        return described[-1]
+
+    describer._describe_open = describe_and_share  # type: ignore[method-assign]
+    bench.write("one.jpg", picture())
+    entry = describer.entry(ContentKey(Digest(xxhash.xxh3_128_digest(picture())), 0), 30)
+    bench.settle()
+    entry = entry or describer.entry(ContentKey(Digest(xxhash.xxh3_128_digest(picture())), 0), 30)
+    assert bench.is_reference("one.jpg")
+    assert entry is not None
+    assert entry.state is ImageState.DESCRIBED
+    assert len(described) == 2
 
 
 def test_what_is_no_picture_never_waits(bench: Bench) -> None:
