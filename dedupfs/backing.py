@@ -124,10 +124,12 @@ def _clock_ns() -> int:
 class Backing:
     """One source directory, held open."""
 
-    def __init__(self, source: str | bytes, *, noatime: bool = False) -> None:
+    def __init__(self, source: str | bytes, *, noatime: bool = False, own_mounts: bool = False) -> None:
         """`noatime`: reading leaves access times alone also where it is the kernel that reads; only root can have that.
+        `own_mounts`: what is mounted in the source is seen as it is now, also when this mount namespace is no more.
 
-        Raises SourceError when `source` is not a directory that can be opened.
+        Raises SourceError when `source` is not a directory that can be opened, and OSError where `own_mounts` cannot be
+        had: root, Linux 5.2.
         """
         self.source = os.path.abspath(os.fsencode(source))
         shown = os.fsdecode(self.source)
@@ -138,10 +140,11 @@ class Backing:
         except OSError as error:
             raise SourceError(f"cannot open {shown}: {error.strerror}") from None
         self.filesystem = _filesystem_of(self.root_fd)
-        self._noatime = noatime
+        if own_mounts:
+            self._enter_own_mounts()
         if noatime:
             with suppress(OSError):
-                self._enter_quiet_mount()
+                self._enter_own_mounts(_MOUNT_ATTR.pack(_MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0))
         st = os.fstat(self.root_fd)
         self.device = st.st_dev
         self.root_ino = Ino(st.st_ino)
@@ -155,31 +158,20 @@ class Backing:
         self._root_prefix = self.source.rstrip(b"/") + b"/"  # where the source was when that was last looked at
         self._proc_prefix = b"/proc/self/fd/%d/" % self.root_fd
 
-    def _enter_quiet_mount(self) -> None:
-        """Reach the source through a mount of our own that keeps no access times: what the kernel reads on its own for
-        an app (see `passthrough`) it reads with the app's flags, not with ours. Raises OSError: root, Linux 5.12."""
+    def _enter_own_mounts(self, attributes: bytes = b"") -> None:
+        """Reach the source through mounts of our own, which may have other attributes (struct mount_attr; Linux 5.12).
+        That they keep no access times is for what the kernel reads on its own for an app (see `passthrough`), with the
+        app's flags and not with ours."""
         clone = checked(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_TREE))
         try:
-            attributes = _MOUNT_ATTR.pack(_MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0)
-            checked(
-                _libc.syscall(_SYS_MOUNT_SETATTR, clone, b"", _WHOLE_TREE, attributes, ctypes.c_size_t(len(attributes)))
-            )
+            if attributes:
+                size_bytes = ctypes.c_size_t(len(attributes))
+                checked(_libc.syscall(_SYS_MOUNT_SETATTR, clone, b"", _WHOLE_TREE, attributes, size_bytes))
             root_fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=clone)
         finally:
             os.close(clone)
         os.close(self.root_fd)
         self.root_fd = root_fd
-
-    def reopen(self) -> None:
-        """Reach the source by its path once more: it was opened where not everything could be seen that is mounted in
-        it. Any thread may be using it. Raises SourceError when another directory is there, OSError."""
-        found = Backing(self.source, noatime=self._noatime)
-        try:
-            if (found.device, found.root_ino) != (self.device, self.root_ino):
-                raise SourceError(f"{os.fsdecode(self.source)} is another directory than a moment ago; try again")
-            os.dup2(found.root_fd, self.root_fd, inheritable=False)
-        finally:
-            found.close()
 
     def close(self) -> None:
         os.close(self.root_fd)

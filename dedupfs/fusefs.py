@@ -28,7 +28,7 @@ from .config import Passthrough as Wanted
 from .engine import Engine
 from .errors import DedupfsError, SourceError, Unavailable
 from .hardlinks import OtherNames
-from .libfuse import ENDED_BY_SIGNAL, Session, caller, dotted, fuse, request
+from .libfuse import ENDED_BY_SIGNAL, Mounting, Session, caller, dotted, fuse, request
 from .openfiles import Handle, Key
 from .passthrough import Passthrough
 from .vfs import Attributes, Directory
@@ -138,14 +138,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         fsname: str,
         *,
         passthrough: bool,
-        before_mounting: Callable[[], None],
+        mount_with: Mounting,
         on_ready: Callable[["_Adapter"], None],
     ) -> None:
         self._engine, self._vfs, self._io = engine, engine.vfs, engine.vfs.io
         self._wants_passthrough = passthrough
         self._passthrough: Passthrough | None = None
         self._on_ready = on_ready
-        self.session = Session(threads=_THREADS, before_mounting=before_mounting)
+        self.session = Session(threads=_THREADS, mount_with=mount_with)
         self._names = OtherNames(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
@@ -557,10 +557,10 @@ def serve(
     *,
     fsname: str,
     wanted: Wanted,
-    before_mounting: Callable[[], None],
+    mount_with: Mounting,
     on_ready: Callable[[Mount], None],
 ) -> None:
-    """Mount, and serve until unmounted. `before_mounting` is called directly before, `on_ready` from FUSE's init.
+    """Mount, and serve until unmounted. `on_ready` is called from FUSE's init.
 
     Raises Unavailable for passthrough that is wanted and cannot be had, SourceError when mounting fails.
     """
@@ -586,7 +586,7 @@ def serve(
             options,
             fsname,
             passthrough=not hindrance,
-            before_mounting=before_mounting,
+            mount_with=mount_with,
             on_ready=announce,
         )
     except RuntimeError as error:

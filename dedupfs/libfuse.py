@@ -11,7 +11,7 @@ from typing import Any
 from .errors import Unavailable
 from .model import Caller
 
-__all__ = ["ENDED_BY_SIGNAL", "Session", "caller", "dotted", "fuse", "request"]
+__all__ = ["ENDED_BY_SIGNAL", "Mounting", "Session", "caller", "dotted", "fuse", "request"]
 
 
 def _choose_libfuse() -> None:
@@ -119,6 +119,10 @@ def request() -> int:
 _FAILED_NEW, _FAILED_MOUNT, _FAILED_SIGNALS, ENDED_BY_SIGNAL = 3, 4, 6, 8
 
 
+# Calls what mounts, 0 when it did, and answers what that does.
+Mounting = Callable[[Callable[[], int]], int]
+
+
 class _Arguments(ctypes.Structure):
     """struct fuse_args of fuse_opt.h."""
 
@@ -132,10 +136,10 @@ class Session:
     telling the kernel of a file. Here those come to their end first.
     """
 
-    def __init__(self, *, threads: int, before_mounting: Callable[[], None]) -> None:
+    def __init__(self, *, threads: int, mount_with: Mounting) -> None:
         """Up to `threads` serve requests. None ends for being idle: the interpreter keeps something for each.
-        `before_mounting` is called when nothing is left to be done but that."""
-        self._threads, self._before_mounting = threads, before_mounting
+        `mount_with` is called when nothing else is left to be done."""
+        self._threads, self._mount_with = threads, mount_with
         self._fuse: int | None = None
         self._lock = threading.Lock()
         self._open = False
@@ -158,8 +162,7 @@ class Session:
             _library.fuse_destroy(self._fuse)
 
     def _serve(self, fuse_: int, mountpoint: bytes) -> int:
-        self._before_mounting()
-        if _library.fuse_mount(fuse_, mountpoint):
+        if self._mount_with(lambda: int(_library.fuse_mount(fuse_, mountpoint))):
             return _FAILED_MOUNT
         try:
             os.chdir("/")  # keep no other mount from being unmounted

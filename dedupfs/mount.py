@@ -28,7 +28,7 @@ from .engine import Engine
 from .errors import Busy, DedupfsError, SourceError, Unavailable, UsageError
 from .model import STORE_DIRECTORY, Progress
 from .notify import Herald
-from .unmount import FUSERMOUNT, beneath, detach_dead, is_dead
+from .unmount import FUSERMOUNT, beneath, detach_dead, is_dead, mount_over_dead
 
 if TYPE_CHECKING:
     from .pictures import Pictures
@@ -52,7 +52,7 @@ def serve(
 ) -> None:
     """Mount `source` at `mountpoint` and serve it until it is unmounted, by whatever means.
 
-    What a killed daemon left there stays until the moment before, for root. `on_ready` is called once, when the mount
+    What a killed daemon left there stays beneath it as long, for root. `on_ready` is called once, when the mount
     answers, from any thread. With `background`, standard error then goes to the log in the store. Returns when the
     store is closed and marked clean. Raises what keeps it from mounting.
     """
@@ -60,18 +60,21 @@ def serve(
 
     source, mountpoint = os.path.abspath(source), os.path.realpath(mountpoint)
 
+    dead = os.geteuid() == 0 and is_dead(mountpoint)
+
     def look() -> Backing:
         _check_before_mounting(source, mountpoint, options)
-        return Backing(source, noatime=options.noatime)
+        return Backing(source, noatime=options.noatime, own_mounts=dead)
 
-    dead = os.geteuid() == 0 and is_dead(mountpoint)
+    def mount_with(mount: Callable[[], int]) -> int:
+        if not dead:
+            return mount()
+        failed = mount_over_dead(mountpoint, mount)
+        if not failed:
+            shutdown.callback(detach_dead, mountpoint)  # when ours is unmounted
+        return failed
+
     backing = beneath(mountpoint, look) if dead else look()
-
-    def make_room() -> None:
-        if dead:
-            detach_dead(mountpoint)
-            backing.reopen()
-
     with _signals() as hold_signals, ExitStack() as shutdown:
         engine = Engine(source, options, backing=backing)
         shutdown.callback(engine.close)
@@ -120,7 +123,7 @@ def serve(
                 words,
                 fsname=source,
                 wanted=options.passthrough,
-                before_mounting=make_room,
+                mount_with=mount_with,
                 on_ready=when_ready,
             )
         except Exception:

@@ -659,12 +659,48 @@ def test_a_dead_mount_is_replaced(dead: Mounted) -> None:
     dead.path("new").write_bytes(photograph().read_bytes())
     dead.settle()
     assert dead.state("new") == "reference"
-    # What the daemon killed last left is gone, too, and nothing is below.
-    assert len([line for line in mount_table() if line.split()[4] == os.fspath(dead.mountpoint)]) == 1
+    assert times_mounted(dead) == 2  # what the daemon killed last left is beneath, and nothing of the ones before
+    dead.unmount()
+    assert times_mounted(dead) == 0
 
 
-def mount_table() -> list[str]:
-    return Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+def times_mounted(mounted: Mounted) -> int:
+    table = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return len([line for line in table if line.split()[4] == os.fspath(mounted.mountpoint)])
+
+
+READER = """
+import errno, os, select, sys
+
+path, wanted = sys.argv[1:]
+with open(wanted, "rb") as file:
+    wanted = file.read()
+while not select.select([sys.stdin], [], [], 0)[0]:
+    try:
+        with open(path, "rb") as file:
+            found = file.read()
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            print(error)
+    else:
+        if found != wanted:
+            print(f"{len(found)} wrong bytes")
+"""
+
+
+@needs_root
+@REFERENCES
+def test_nobody_sees_what_a_dead_mount_hides(dead: Mounted) -> None:
+    """Not for a moment: zeros that somebody copies just then are what the copy has."""
+    path = os.fspath(next(dead.below().glob("*/*.jpg")).relative_to(dead.below()))
+    command = [sys.executable, "-c", READER, dead.path(path), photograph()]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    readers = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    for _ in range(5):
+        dead.start()
+        assert dead.path(path).read_bytes() == photograph().read_bytes()
+        dead.kill(stays=True)
+    assert [reader.communicate("\n")[0] for reader in readers] == ["", ""]
 
 
 @needs_root

@@ -326,7 +326,7 @@ def _serve_mount(source: str, mountpoint: str, options: str, steps: Steps) -> No
             words,
             fsname=source,
             wanted=parsed.passthrough,
-            before_mounting=lambda: None,
+            mount_with=lambda mount: mount(),
             on_ready=ready,
         )
         server.close()

@@ -215,7 +215,7 @@ class Mounted:
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
         assert _has_ended(self._process, patience_s=_PATIENCE_S), f"process {self.pid} survives SIGKILL"
         self._forget_process()
-        if is_mountpoint(self.mountpoint) and not stays:
+        while is_mountpoint(self.mountpoint) and not stays:
             unmount(self.mountpoint, patience_s=0)
         self._needs_reconcile = True
         self._expected_log += AFTER_A_KILL

@@ -717,6 +717,19 @@ MUTATIONS = [
         2, (_ENGINE + "test_order.py",),
         "only losing power on btrfs shows it, now and then: scripts/power-loss 300 -k btrfs",
     ),
+    # --- when the disk is full, or the daemon was killed
+    Mutation(
+        "what is kept for a full disk stays kept", "settle",
+        "                if self._reserve.give():\n                    continue  # now that there is room for it\n",
+        "",
+        7, ("tests/crash/test_full_disk.py::test_deleting_frees_a_disk_without_a_free_block",),
+    ),
+    Mutation(
+        "a dead mount goes before the new one comes", "unmount",
+        "        while _mounted_types(mountpoint)[-2:] == [control.FUSE_TYPE] * 2 and is_dead(mountpoint):\n",
+        "        while is_dead(mountpoint):\n",
+        1, ("tests/mount/test_life.py::test_nobody_sees_what_a_dead_mount_hides",),
+    ),
 ]
 # fmt: on
 
