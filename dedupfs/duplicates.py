@@ -8,7 +8,9 @@ and read themselves.
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,6 +26,13 @@ LONGEST_ANSWER_BYTES = 65536
 
 # How long an app that asks about a pending file is kept waiting before it is told that there is no answer.
 _PATIENCE_S = 60.0
+_FEW = 256  # files that it also waits for, and pictures
+# Who waits for others keeps one of the threads that serve requests: half of these at most, whatever asks.
+_MOST_PATIENT = 32
+
+
+def _nothing_more(most: int, timeout_s: float) -> None:
+    """There is nothing more to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class Answers:
     def __init__(self, backing: Backing, index: Index, settler: Settler, as_caller: AsCaller) -> None:
         self._backing, self._index = backing, index
         self._settler, self._as_caller = settler, as_caller
+        self._patient = threading.Semaphore(_MOST_PATIENT)
 
     def xattr(self, path: bytes, name: bytes, caller: Caller) -> bytes:
         """The value of `user.dedupfs.<name>`. Raises ENODATA where there is no answer."""
@@ -51,6 +61,7 @@ class Answers:
             return record.content.digest.hex().encode()
         if name == b"state":
             return record.state.word.encode()
+        self.wait_for_others()
         if name == b"refs":
             return b"%d" % self.count(record.content)
         others = sorted(found for found in self.everywhere(record.content) if found != path)
@@ -85,9 +96,17 @@ class Answers:
             self._settler.offer(key.ino, path)  # changed behind our back, or not scanned yet
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
-    def wait_for_others(self, most: int, timeout_s: float) -> None:
-        """Wait until other files that were closed by now are settled, if there are no more than `most`."""
-        self._settler.wait_for_few(most, timeout_s)
+    def wait_for_others(self, also: Callable[[int, float], None] = _nothing_more) -> None:
+        """Wait until other files that were closed by now are settled, and for `also` in what time is left: who asks
+        what there is beside a file means those as well. But nobody waits for an archive. No lock may be held."""
+        if not self._patient.acquire(blocking=False):
+            return
+        try:
+            deadline = time.monotonic() + _PATIENCE_S
+            self._settler.wait_for_few(_FEW, _PATIENCE_S)
+            also(_FEW, deadline - time.monotonic())
+        finally:
+            self._patient.release()
 
     def paths(self, content: ContentKey) -> list[bytes]:
         """Every path of the tree with this content, not with other copies of the same bytes."""
@@ -132,10 +151,12 @@ class Answers:
 
     def group(self, path: bytes) -> Group:
         _, record = self.settled(path)
+        self.wait_for_others()
         return Group(record.content, record.stamp.size_bytes, sorted(self.everywhere(record.content)))
 
     def groups(self) -> Iterator[Group]:
         """Every content that more than one path has, in short transactions."""
+        self.wait_for_others()
         position = b""
         while True:
             found, position = self._index.all_duplicates(position, 200)

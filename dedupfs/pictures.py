@@ -15,8 +15,6 @@ import itertools
 import json
 import os
 import stat
-import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from .asking import AsCaller
@@ -36,9 +34,6 @@ from .similar import Found, Similar, alike_nearest_first, grouped
 from .workers import Refused, Workers
 
 _PATIENCE_S = 60.0
-_FEW = 256
-# Who waits for others keeps one of the threads that serve requests: half of these at most, whatever asks.
-_MOST_PATIENT = 32
 
 # In which two versions of a photograph differ visibly.
 _CONFLICTING = (Relation.TONE, Relation.ANNOTATED, Relation.CROPPED)
@@ -72,7 +67,6 @@ class Pictures:
         self._backing, self._index, self._answers, self._as_caller = backing, index, answers, as_caller
         self._describer, self._similar, self._workers, self._decisions = describer, similar, workers, decisions
         self._name_pattern, self._preferred = name_pattern, preferred
-        self._patient = threading.Semaphore(_MOST_PATIENT)
 
     # -- xattrs -------------------------------------------------------------------------------------------------------
 
@@ -434,16 +428,7 @@ class Pictures:
         return entry
 
     def _wait_for_others(self) -> None:
-        """Who asks what is like a picture means all that were written by now; but nobody waits for an archive. No lock
-        may be held."""
-        if not self._patient.acquire(blocking=False):
-            return
-        try:
-            deadline = time.monotonic() + _PATIENCE_S
-            self._answers.wait_for_others(_FEW, _PATIENCE_S)
-            self._describer.wait_for_few(_FEW, deadline - time.monotonic())
-        finally:
-            self._patient.release()
+        self._answers.wait_for_others(self._describer.wait_for_few)
 
     def _record(self, content: ContentKey) -> ImageRecord:
         """Raises SourceError for what is no picture that could be described, Unavailable where none can be."""

@@ -10,13 +10,15 @@ import time
 from contextlib import suppress
 
 from .backing import Backing
-from .store import RESERVE
+from .store import INDEX, RESERVE
 
 log = logging.getLogger(__name__)
 
+_DATA = INDEX + b"/data.mdb"
+_LEAST_BYTES = 1 << 20
 _MOST_BYTES = 64 << 20  # a transaction in which ten thousand names go
 _SHARE = 256  # of the filesystem, at most
-_RETRY_S = 10.0
+_LOOK_S = 10.0
 
 
 class Reserve:
@@ -24,37 +26,36 @@ class Reserve:
 
     def __init__(self, backing: Backing) -> None:
         self._backing = backing
-        self._is_kept = False
-        self._try_at_s = 0.0
+        self._look_at_s = 0.0
 
     def keep(self) -> None:
-        """Set the room aside, where it is not yet, and the disk has plenty. Costs nothing where it is."""
-        if self._is_kept or time.monotonic() < self._try_at_s:
+        """Set the room aside, where the disk has plenty: as much as the index could write at once. Looks now and then,
+        however often it is called."""
+        if time.monotonic() < self._look_at_s:
             return
-        self._try_at_s = time.monotonic() + _RETRY_S
+        self._look_at_s = time.monotonic() + _LOOK_S
         try:
-            self._is_kept = self._keep()
+            self._keep()
         except OSError as error:
             log.info("no room is kept for when the disk is full: %s", error)
             self._remove()
 
-    def _keep(self) -> bool:
+    def _keep(self) -> None:
         disk = self._backing.statvfs(b"")
-        size_bytes = min(_MOST_BYTES, disk.f_blocks * disk.f_frsize // _SHARE)
-        if self._kept_bytes() >= size_bytes:
-            return True
-        if disk.f_bavail * disk.f_frsize < 2 * size_bytes:
-            return False  # or an app would meet a disk that is full, for as long as this takes to fail
+        wanted_bytes = self._backing.lstat(_DATA).st_blocks * 512 + _LEAST_BYTES
+        size_bytes = min(wanted_bytes, _MOST_BYTES, disk.f_blocks * disk.f_frsize // _SHARE)
+        kept_bytes = self._kept_bytes()
+        # Where there is little left, apps would meet a full disk for as long as it takes to fail.
+        if kept_bytes >= size_bytes // 2 or disk.f_bavail * disk.f_frsize < 2 * size_bytes:
+            return
         fd = self._backing.open(RESERVE, os.O_WRONLY | os.O_CREAT)
         try:
             self._backing.fallocate(fd, 0, 0, size_bytes)
         finally:
             os.close(fd)
-        return True
 
     def give(self) -> bool:
         """Free what is kept. False where nothing is."""
-        self._is_kept = False
         if not self._kept_bytes():
             return False
         # Not truncated: beyond its quota, btrfs lets go of a whole file only.
