@@ -15,7 +15,7 @@ from .store import INDEX, RESERVE
 log = logging.getLogger(__name__)
 
 _DATA = INDEX + b"/data.mdb"
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 256 << 10
 _MOST_BYTES = 64 << 20  # a transaction in which ten thousand names go
 _SHARE = 256  # of the filesystem, at most
 _LOOK_S = 10.0

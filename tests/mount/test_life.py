@@ -696,7 +696,7 @@ def test_nobody_sees_what_a_dead_mount_hides(dead: Mounted) -> None:
     command = [sys.executable, "-c", READER, dead.path(path), photograph()]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     readers = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
-    for _ in range(5):
+    for _ in range(3):
         dead.start()
         assert dead.path(path).read_bytes() == photograph().read_bytes()
         dead.kill(stays=True)
