@@ -27,6 +27,7 @@ class Reserve:
     def __init__(self, backing: Backing) -> None:
         self._backing = backing
         self._look_at_s = 0.0
+        self._complained = ""
 
     def keep(self) -> None:
         """Set the room aside, where the disk has plenty: as much as the index could write at once. Looks now and then,
@@ -37,8 +38,9 @@ class Reserve:
         try:
             self._keep()
         except OSError as error:
-            log.info("no room is kept for when the disk is full: %s", error)
-            self._remove()
+            if str(error) != self._complained:  # once is enough
+                log.info("no more room is kept for when the disk is full: %s", error)
+            self._complained = str(error)
 
     def _keep(self) -> None:
         disk = self._backing.statvfs(b"")
@@ -51,6 +53,10 @@ class Reserve:
         fd = self._backing.open(RESERVE, os.O_WRONLY | os.O_CREAT)
         try:
             self._backing.fallocate(fd, 0, 0, size_bytes)
+        except OSError:
+            if not kept_bytes:
+                self._remove()
+            raise
         finally:
             os.close(fd)
 
