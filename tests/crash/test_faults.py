@@ -21,7 +21,6 @@ from tests.support.disk import Disk, disk
 from tests.support.filesystems import (
     FilesystemPool,
     Unsupported,
-    fill,
     loop_filesystem,
     make_filesystem,
     mounted_device,
@@ -225,7 +224,6 @@ def test_the_quota_is_used_up(quota: Path, tmp_path: Path, strategy: str) -> Non
         assert met.value.errno == errno.EDQUOT
         assert _wrong(mounted, saved) == []
         mounted.path(f"{len(saved)}.jpg").unlink(missing_ok=True)
-        fill(quota / "filler")
         # Every path of every third content: what is left of only one of two would free nothing.
         for number in [number for number in range(len(saved)) if number // 2 % 3 == 0]:
             mounted.path(f"{number}.jpg").unlink()

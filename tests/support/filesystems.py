@@ -162,7 +162,12 @@ def remove_work_directory(path: Path) -> None:
 
 def fill(path: Path) -> None:
     """Take every block that can still be had, for a file that is not in any mount of dedupfs."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return  # there is not even room for a name
     try:
         for size_bytes in (1 << 20, 4096):
             while True:
