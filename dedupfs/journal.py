@@ -102,6 +102,10 @@ class Journal:
         entries, self._entries = self._entries, deque()
         return entries
 
+    def takes_away(self) -> bool:
+        """Whether an inode lost its last name."""
+        return any(isinstance(entry, Unnamed) and entry.gone for entry in self._entries)
+
     def __len__(self) -> int:
         return len(self._entries)
 

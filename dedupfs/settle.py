@@ -581,7 +581,7 @@ class Settler:
             try:
                 batch.commit()
             except IndexDamaged as error:
-                if self._reserve.give():
+                if self._frees(batch) and self._reserve.give():
                     continue  # now that there is room for it
                 with self._condition:
                     if self._thread is None or self._stopping:
@@ -595,6 +595,12 @@ class Settler:
             self.index_error = ""
             self._unreferenced |= batch.dereferenced
             return
+
+    def _frees(self, batch: Batch) -> bool:
+        """Whether a blob may go when this is written, or what was noted since: what is kept for a full disk is not for
+        anything else, or the next one who writes would have it."""
+        with self._condition:
+            return bool(batch.dereferenced) or self._journal.takes_away()
 
     def postpone(self, ino: Ino, path: bytes) -> bool:
         """A file could not be shared, for want of space, say: it is tried again later. Answers whether that is new."""
