@@ -28,6 +28,7 @@ from .config import Passthrough as Wanted
 from .engine import Engine
 from .errors import DedupfsError, SourceError, Unavailable
 from .hardlinks import OtherNames
+from .kernelcache import KernelPages
 from .libfuse import ENDED_BY_SIGNAL, Mounting, Session, caller, dotted, fuse, request
 from .openfiles import Handle, Key
 from .passthrough import Passthrough
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _CAP_DONT_MASK = 1 << 6
 _CAP_SPLICE_READ = 1 << 9
+_CAP_AUTO_INVAL_DATA = 1 << 12
 _CAP_READDIRPLUS = 1 << 13
 _CAP_READDIRPLUS_AUTO = 1 << 14
 _CAP_POSIX_ACL = 1 << 19
@@ -147,6 +149,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._on_ready = on_ready
         self.session = Session(threads=_THREADS, mount_with=mount_with)
         self._names = OtherNames(engine.openfiles)
+        self._pages = KernelPages(engine.openfiles)
         self._invalidating = ThreadPoolExecutor(4, "invalidating")
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, Directory] = {}
@@ -197,6 +200,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         conn.want &= ~_CAP_READDIRPLUS_AUTO
         # Through a pipe a request takes two system calls more, and what is written is copied once more.
         conn.want &= ~_CAP_SPLICE_READ
+        # Not by the kernel's own judgement, under those who write (see `kernelcache`).
+        conn.want &= ~_CAP_AUTO_INVAL_DATA
         conn.max_write = _MAX_WRITE_BYTES
         conf.use_ino = 1
         conf.nullpath_ok = 1
@@ -218,7 +223,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def replaced(self, path: bytes) -> None:
         """Another inode came to a path, which changed its directory as well."""
-        self.session.invalidate(path)
+        is_written = False  # then its pages stay; the kernel asks after each write anyway, and it is settled again
+        with suppress(OSError):
+            is_written = self._engine.openfiles.is_written(Key.of(self._engine.backing.lstat(path)))
+        if not is_written:
+            self.session.invalidate(path)
         self.session.invalidate(os.path.dirname(path))
 
     def _invalidate_others(self, st: os.stat_result, path: bytes | None) -> None:
@@ -440,8 +449,6 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         # tell, no error to hear, and cannot have mapped the file, whose pages the kernel would write back then.
         handle.silent = fi.flags & os.O_ACCMODE == os.O_WRONLY and handle.alone and self._engine.backing.closes_silently
         fi.noflush = int(handle.silent or not handle.writes)
-        # The pages that the kernel has are right, unless another name of the inode was written through.
-        fi.keep_cache = int(handle.alone)
         # Appending through several names, each of which has pages and a length of its own for the kernel: in one piece.
         fi.direct_io = int(handle.appends and not handle.alone)
         if self._passthrough is not None:
@@ -450,11 +457,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             except OSError:
                 self._io.release(handle)
                 raise
-            fi.keep_cache = 0  # from a time when it was not passed through
             fi.direct_io |= int(way.direct)
             # struct fuse_file_info {…; uint32_t poll_events; int32_t backing_id; …} since libfuse 3.17: mfusepy
             # declares the two as one number of 64 bits.
             fi.poll_events = way.backing_id << 32
+        if handle.inode.backing_file is not None:
+            self._pages.bypassed(handle)
+        else:
+            fi.keep_cache = int(self._pages.may_stay(handle))
         handle.may_be_mapped = fi.flags & os.O_ACCMODE == os.O_RDWR
         fi.fh = id(handle)
         self._handles[id(handle)] = handle
@@ -481,6 +491,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def release(self, path: bytes | None, fip: Any) -> None:
         handle = self._handles.pop(fip.contents.fh)
         others = self._names.of(handle.inode.key, None) if self._names else []
+        if handle.writes and handle.inode.backing_file is None:
+            self._pages.written(handle)
         self._io.release(handle)
         for name in others:  # one link less, if it was the last handle of a name that had been unlinked
             self.session.invalidate(name)

@@ -77,6 +77,7 @@ LAYERS = [
     "estimate",
     # edges
     "hardlinks",
+    "kernelcache",
     "passthrough",
     "control",
     "notify",
