@@ -26,6 +26,7 @@ from .model import ROOT, SMALLEST_SHARED_BYTES, Ino, Link, Reference
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 UTIME_OMIT = (1 << 30) - 2
 
@@ -496,12 +497,18 @@ class Backing:
 
     @staticmethod
     def fset_immutable(fd: int, *, immutable: bool) -> None:
-        """Set or clear the immutable flag, where the filesystem and our rights allow it."""
-        with suppress(OSError):
+        """Set or clear the immutable flag, where the filesystem and our rights allow it.
+
+        Raises OSError where there is no room to clear it: btrfs refuses that where a quota is used up.
+        """
+        try:
             flags = _inode_flags(fd)
             wanted = flags | _FS_IMMUTABLE_FL if immutable else flags & ~_FS_IMMUTABLE_FL
             if wanted != flags:
                 fcntl.ioctl(fd, _FS_IOC_SETFLAGS, wanted.to_bytes(4, sys.byteorder) + bytes(4))
+        except OSError as error:
+            if error.errno in NO_ROOM and not immutable:
+                raise
 
     @staticmethod
     def take_read_lease(fd: int) -> bool:

@@ -23,6 +23,9 @@ look at the file, a record too many is found wrong when it is looked at.
 
 One thread at a time writes, through a `Batch`: changes gather in memory, readable at once by their owner, and go to
 LMDB in one transaction. No file is read and nothing hashed while a write transaction is open.
+
+Where LMDB cannot write its root page (a used-up quota of btrfs, a disk that fails), it refuses everything from then on.
+Whoever comes next, to read or to write, opens it anew: a transaction comes with the handles that go with it.
 """
 
 from __future__ import annotations  # lmdb's classes are generic for the type checker only
@@ -30,6 +33,8 @@ from __future__ import annotations  # lmdb's classes are generic for the type ch
 import errno
 import itertools
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
@@ -54,6 +59,84 @@ _LONGEST_PATH = 1 << 16
 _IN_MEMORY = ("/dev/shm", "/run")
 _PAGE = 64
 _VERIFIED_BYTES = 64 << 20  # half a second
+_READING_S = 10.0  # how long who reads in a dead environment is waited for
+_POLL_S = 0.001
+_DUPSORT = frozenset({"links", "holders", "sharers", "alike"})
+
+
+class _Tables:
+    """An open environment, and the handles of its tables, which are what is annotated here: good for transactions of
+    this environment, and for no other's."""
+
+    meta: lmdb._Database
+    files: lmdb._Database
+    links: lmdb._Database
+    dirs: lmdb._Database
+    holders: lmdb._Database
+    sharers: lmdb._Database
+    queue: lmdb._Database
+    verified: lmdb._Database
+    damages: lmdb._Database
+    images: lmdb._Database
+    thumbnails: lmdb._Database
+    backlog: lmdb._Database
+    alike: lmdb._Database
+
+    def __init__(self, directory: str) -> None:
+        """With `meta` alone: the others are made where they are not."""
+        with _lock_in_memory(directory) as place:
+            self.env = lmdb.open(
+                place,
+                map_size=_MAP_BYTES,
+                max_dbs=32,
+                max_readers=512,
+                mode=0o600,
+                writemap=False,
+                readahead=False,
+            )
+        try:
+            self._check_length(os.path.join(directory, "data.mdb"))
+            self.inode = _inode(directory)
+            self.meta = self.env.open_db(b"meta")
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _check_length(self, path: str) -> None:
+        """LMDB maps what its header promises: of a file that was cut short, the rest is a SIGBUS."""
+        promised = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        found = os.stat(path).st_size
+        if found < promised:
+            raise IndexDamaged(f"the index has {found} of {promised} bytes")
+
+    def open_all(self) -> None:
+        try:
+            for name in _Tables.__annotations__:
+                setattr(self, name, self.env.open_db(name.encode(), dupsort=name in _DUPSORT))
+        except BaseException:
+            self.env.close()
+            raise
+
+    def all(self) -> list[lmdb._Database]:
+        return [getattr(self, name) for name in _Tables.__annotations__]
+
+    def close_unread(self) -> None:
+        """Close a dead environment, in which no transaction begins any more, when those that are open have ended. Who
+        does not come to an end meets an error."""
+        deadline = time.monotonic() + _READING_S
+        while _is_read(self.env) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        self.env.close()
+
+
+def _inode(directory: str) -> tuple[int, int]:
+    found = os.stat(os.path.join(directory, "data.mdb"))
+    return found.st_dev, found.st_ino
+
+
+def _is_read(env: lmdb.Environment) -> bool:
+    """Whether LMDB's table of readers has one that is at a transaction; those that wait for one have a dash there."""
+    return any(line.split()[-1].isdigit() for line in env.readers().splitlines())
 
 
 class Index:
@@ -67,58 +150,56 @@ class Index:
         OSError when there is no room for the copy.
         """
         self._directory = os.fsdecode(directory)
+        self._opening = threading.Lock()
+        self._is_lost = False  # the environment was dead and is closed, and none could be opened since
+        self.images = ImageTables(self._read, self._write)
         _verify(os.path.join(self._directory, "data.mdb"))
-        try:
-            with _lock_in_memory(self._directory) as place:
-                self._env = lmdb.open(
-                    place,
-                    map_size=_MAP_BYTES,
-                    max_dbs=32,
-                    max_readers=512,
-                    mode=0o600,
-                    writemap=False,
-                    readahead=False,
-                )
-            self._check_length(os.path.join(self._directory, "data.mdb"))
-            self._meta = self._env.open_db(b"meta")
-        except lmdb.Error as error:
-            raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
+        with _refusing():
+            self._tables = _Tables(self._directory)
         try:
             # Before a table is made that another schema does not have.
             self._check_identity(identity.encode(), take_over=take_over)
-            self._open_tables()
+            with _refusing():
+                self._tables.open_all()
         except BaseException:
-            self._env.close()
+            self._tables.env.close()
             raise
 
-    def _open_tables(self) -> None:
-        try:
-            names = (("files", 0), ("links", 1), ("dirs", 0), ("holders", 1), ("sharers", 1), ("queue", 0))
-            tables = {name: self._env.open_db(name.encode(), dupsort=bool(dup)) for name, dup in names}
-            self.images = ImageTables(
-                lambda name, dup: self._env.open_db(name.encode(), dupsort=dup),
-                self._meta,
-                tables["holders"],
-                self._read,
-                self._write,
-            )
-            self._verified, self._damages = (self._env.open_db(name) for name in (b"verified", b"damages"))
-        except lmdb.Error as error:
-            raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
-        self._files, self._links, self._queue = tables["files"], tables["links"], tables["queue"]
-        self._dirs, self._holders, self._sharers = tables["dirs"], tables["holders"], tables["sharers"]
+    def _begin_anew(
+        self, tables: _Tables, error: lmdb.Error, *, write: bool = False
+    ) -> tuple[lmdb.Transaction[bytes], _Tables]:
+        """A transaction where none could begin in `tables`. Raises as `_open_anew` does."""
+        while True:  # what was opened may be dead before this thread comes to it
+            tables = self._open_anew(tables, error)
+            try:
+                return tables.env.begin(write=write), tables
+            except lmdb.Error as again:
+                error = again
 
-    def _check_length(self, path: str) -> None:
-        """LMDB maps what its header promises: of a file that was cut short, the rest is a SIGBUS."""
-        promised = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        found = os.stat(path).st_size
-        if found < promised:
-            self._env.close()
-            raise IndexDamaged(f"the index has {found} of {promised} bytes")
+    def _open_anew(self, tables: _Tables, error: lmdb.Error) -> _Tables:
+        """What to use instead of `tables`, in which no transaction could begin. Raises `error` where opening it again
+        is of no use, and IndexDamaged where it cannot be: who comes next tries again."""
+        with self._opening:
+            if self._tables is not tables:
+                return self._tables  # somebody else was faster
+            if not (self._is_lost or isinstance(error, lmdb.PanicError)):
+                raise error
+            try:
+                if _inode(self._directory) != tables.inode:
+                    raise IndexDamaged("the index cannot be opened again: another file is in its place")
+                if not self._is_lost:
+                    tables.close_unread()  # LMDB does not open a file twice, and knows of no readers but its own
+                    self._is_lost = True
+                opened = _Tables(self._directory)
+                opened.open_all()
+            except (lmdb.Error, OSError) as problem:
+                raise IndexDamaged(f"the index cannot be opened again ({problem})") from None
+            self._tables, self._is_lost = opened, False
+            return opened
 
     def _check_identity(self, identity: bytes, *, take_over: bool) -> None:
-        with self._read() as txn:
-            version, owner = (txn.get(key, db=self._meta) for key in (b"version", b"store"))
+        with self._read() as (txn, tables):
+            version, owner = (txn.get(key, db=tables.meta) for key in (b"version", b"store"))
         if version is None:
             owner = identity
         elif version in TAKEN_OVER and owner == identity:
@@ -137,9 +218,9 @@ class Index:
                 "the index describes another store, or this one before it was copied; run dedupfs rebuild"
             )
         if version != SCHEMA_VERSION:
-            with self._write() as txn:
-                txn.put(b"version", SCHEMA_VERSION, db=self._meta)
-                txn.put(b"store", identity, db=self._meta)
+            with self._write() as (txn, tables):
+                txn.put(b"version", SCHEMA_VERSION, db=tables.meta)
+                txn.put(b"store", identity, db=tables.meta)
 
     def _back_up(self, version: bytes) -> None:
         """Put a copy of the index beside it before anything in it is changed. Killed anywhere, it is done again."""
@@ -147,7 +228,7 @@ class Index:
         try:
             fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
-                self._env.copyfd(fd)
+                self._tables.env.copyfd(fd)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -168,8 +249,11 @@ class Index:
             ) from None
 
     def close(self) -> None:
-        self._env.sync(True)
-        self._env.close()
+        with self._opening:
+            if not self._is_lost:
+                self._tables.env.sync(True)
+                self._tables.env.close()
+            self._is_lost = False  # it stays closed
 
     def __enter__(self) -> Self:
         return self
@@ -178,32 +262,38 @@ class Index:
         self.close()
 
     def _read(self) -> _Reading:
-        return _Reading(self._env)
+        return _Reading(self)
 
     @contextmanager
-    def _write(self) -> Iterator[lmdb.Transaction[bytes]]:
+    def _write(self) -> Iterator[tuple[lmdb.Transaction[bytes], _Tables]]:
         try:
-            with self._env.begin(write=True) as txn:
-                yield txn
+            tables = self._tables
+            try:
+                txn = tables.env.begin(write=True)
+            except lmdb.Error as error:
+                txn, tables = self._begin_anew(tables, error, write=True)
+            with txn:
+                yield txn, tables
         except (lmdb.Error, StoreError) as error:
             raise IndexDamaged(f"the index cannot be written ({error})") from None
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
     def file(self, ino: Ino) -> FileRecord | None:
-        with self._read() as txn:
-            value = txn.get(codec.encode_ino(ino), db=self._files)
+        with self._read() as (txn, tables):
+            value = txn.get(codec.encode_ino(ino), db=tables.files)
             return None if value is None else codec.decode_file(value)
 
     def holders(self, content: ContentKey) -> list[Ino]:
         """Settled inodes with this content."""
-        return self._inodes(self._holders, content)
+        with self._read() as (txn, tables):
+            return _inodes(txn, tables.holders, content)
 
     def iter_holders(self, content: ContentKey) -> Iterator[Ino]:
         """The same, a page and a transaction at a time: for who needs the first few of perhaps a hundred thousand."""
         key, start = codec.encode_content(content), codec.encode_ino(Ino(0))
         while True:
-            with self._read() as txn, txn.cursor(self._holders) as cursor:
+            with self._read() as (txn, tables), txn.cursor(tables.holders) as cursor:
                 found = cursor.set_range_dup(key, start)
                 page = list(itertools.islice(cursor.iternext_dup(), _PAGE)) if found else []
             inodes = [codec.decode_ino(value) for value in page]
@@ -214,17 +304,12 @@ class Index:
 
     def sharers(self, content: ContentKey) -> list[Ino]:
         """Those of the holders that are references, or share extents."""
-        return self._inodes(self._sharers, content)
-
-    def _inodes(self, table: lmdb._Database, content: ContentKey) -> list[Ino]:
-        with self._read() as txn, txn.cursor(table) as cursor:
-            if not cursor.set_key(codec.encode_content(content)):
-                return []
-            return [codec.decode_ino(value) for value in cursor.iternext_dup()]
+        with self._read() as (txn, tables):
+            return _inodes(txn, tables.sharers, content)
 
     def numbers(self, digest: Digest) -> list[int]:
         """The numbers that are in use with this digest."""
-        with self._read() as txn, txn.cursor(self._holders) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.holders) as cursor:
             found: list[int] = []
             more = cursor.set_range(codec.encode_content(ContentKey(digest, 0)))
             while more and (content := codec.decode_content(cursor.key())).digest == digest:
@@ -238,47 +323,33 @@ class Index:
         return [each for each in named if each.bytes_key == content.bytes_key]
 
     def count_holders(self, content: ContentKey) -> int:
-        with self._read() as txn, txn.cursor(self._holders) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.holders) as cursor:
             return cursor.count() if cursor.set_key(codec.encode_content(content)) else 0
 
     def links(self, ino: Ino) -> list[Link]:
-        with self._read() as txn, txn.cursor(self._links) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.links) as cursor:
             if not cursor.set_key(codec.encode_ino(ino)):
                 return []
             return [codec.decode_link(value) for value in cursor.iternext_dup()]
 
     def paths(self, ino: Ino, root: Ino) -> list[bytes]:
         """The paths an inode is recorded under. The caller checks each against the tree."""
-        with self._read() as txn:
-            with txn.cursor(self._links) as cursor:
+        with self._read() as (txn, tables):
+            with txn.cursor(tables.links) as cursor:
                 if not cursor.set_key(codec.encode_ino(ino)):
                     return []
                 links = [codec.decode_link(value) for value in cursor.iternext_dup()]
-            found = (self._walk_up(txn, link, root) for link in links)
+            found = (_walk_up(txn, tables, link, root) for link in links)
             return [path for path in found if path is not None]
 
-    def _walk_up(self, txn: lmdb.Transaction[bytes], link: Link, root: Ino) -> bytes | None:
-        parts = [link.name]
-        length = len(link.name)
-        while link.parent != root:
-            value = txn.get(codec.encode_ino(link.parent), db=self._dirs)
-            if value is None:
-                return None
-            link = codec.decode_link(value)
-            parts.append(link.name)
-            length += len(link.name) + 1
-            if length > _LONGEST_PATH:  # directories of a damaged index that contain each other
-                return None
-        return b"/".join(reversed(parts))
-
     def directory(self, ino: Ino) -> Link | None:
-        with self._read() as txn:
-            value = txn.get(codec.encode_ino(ino), db=self._dirs)
+        with self._read() as (txn, tables):
+            value = txn.get(codec.encode_ino(ino), db=tables.dirs)
             return None if value is None else codec.decode_link(value)
 
     def totals(self) -> Totals:
-        with self._read() as txn:
-            count = {name: self._counter(txn, name) for name in _COUNTERS}
+        with self._read() as (txn, tables):
+            count = {name: _counter(txn, tables, name) for name in _COUNTERS}
         return Totals(
             files=count["files"],
             logical_bytes=count["logical"],
@@ -288,18 +359,14 @@ class Index:
             contents_shared=count["contents"],
         )
 
-    def _counter(self, txn: lmdb.Transaction[bytes], name: str) -> int:
-        value = txn.get(b"count." + name.encode(), db=self._meta)
-        return 0 if value is None else codec.decode_counter(value)
-
     def is_complete(self) -> bool:
         """Whether a walk of the whole tree has ever finished: until then, what is not here may still exist."""
-        with self._read() as txn:
-            return txn.get(b"complete", db=self._meta) is not None
+        with self._read() as (txn, tables):
+            return txn.get(b"complete", db=tables.meta) is not None
 
     def all_files(self, after: Ino, limit: int) -> list[tuple[Ino, FileRecord]]:
         """Up to `limit` records of inodes above `after`, ascending: a long walk in short transactions."""
-        with self._read() as txn, txn.cursor(self._files) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.files) as cursor:
             found: list[tuple[Ino, FileRecord]] = []
             if cursor.set_range(codec.encode_ino(Ino(after + 1))):
                 for key, value in cursor:
@@ -310,7 +377,7 @@ class Index:
 
     def all_links(self, after: Ino, limit: int) -> list[tuple[Ino, list[Link]]]:
         """Up to `limit` inodes above `after` with the names recorded for them."""
-        with self._read() as txn, txn.cursor(self._links) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.links) as cursor:
             found: list[tuple[Ino, list[Link]]] = []
             more = cursor.set_range(codec.encode_ino(Ino(after + 1)))
             while more and len(found) < limit:
@@ -320,7 +387,7 @@ class Index:
             return found
 
     def all_directories(self) -> list[tuple[Ino, Link]]:
-        with self._read() as txn, txn.cursor(self._dirs) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.dirs) as cursor:
             return [(codec.decode_ino(key), codec.decode_link(value)) for key, value in cursor]
 
     def all_groups(self, after: bytes, limit: int) -> tuple[list[tuple[ContentKey, list[Ino]]], bytes]:
@@ -328,7 +395,7 @@ class Index:
 
         Also answers the position to go on from, b"" at the end.
         """
-        with self._read() as txn, txn.cursor(self._holders) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.holders) as cursor:
             found: list[tuple[ContentKey, list[Ino]]] = []
             more = _go_to_next(cursor, after)
             while more:
@@ -342,7 +409,7 @@ class Index:
 
     def all_duplicates(self, after: bytes, limit: int) -> tuple[list[tuple[ContentKey, list[Ino]]], bytes]:
         """Like `all_groups`, with the holders of all copies of the same bytes together: a few more than `limit`."""
-        with self._read() as txn, txn.cursor(self._holders) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.holders) as cursor:
             found: list[tuple[ContentKey, list[Ino]]] = []
             more = _go_to_next(cursor, after)
             while more:
@@ -367,13 +434,13 @@ class Index:
             return found, b""
 
     def verified(self, content: ContentKey) -> Verified | None:
-        with self._read() as txn:
-            value = txn.get(codec.encode_content(content), db=self._verified)
+        with self._read() as (txn, tables):
+            value = txn.get(codec.encode_content(content), db=tables.verified)
             return None if value is None else codec.decode_verified(value)
 
     def all_verified(self, after: bytes, limit: int) -> tuple[list[ContentKey], bytes]:
         """Contents that a scrub has a record of, and the position to go on from, as `all_groups`."""
-        with self._read() as txn, txn.cursor(self._verified) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.verified) as cursor:
             found: list[ContentKey] = []
             if cursor.set_range(after + b"\0" if after else b"\0"):
                 for key in cursor.iternext(keys=True, values=False):
@@ -383,18 +450,19 @@ class Index:
             return found, b""
 
     def damages(self) -> list[Damage]:
-        with self._read() as txn, txn.cursor(self._damages) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.damages) as cursor:
             return [codec.decode_damage(key, value) for key, value in cursor]
 
     def scrub_pass(self) -> ScrubPass | None:
-        with self._read() as txn:
-            value = txn.get(b"scrub", db=self._meta)
+        with self._read() as (txn, tables):
+            value = txn.get(b"scrub", db=tables.meta)
             return None if value is None else codec.decode_scrub_pass(value)
 
     def used_share(self) -> float:
         """How much of the room that the index can have is used, 0 to 1."""
-        info = self._env.info()
-        return float((info["last_pgno"] + 1) * self._env.stat()["psize"] / info["map_size"])
+        with self._read() as (_, tables):
+            info = tables.env.info()
+            return float((info["last_pgno"] + 1) * tables.env.stat()["psize"] / info["map_size"])
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
@@ -403,33 +471,31 @@ class Index:
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._write() as txn:
-            owner = txn.get(b"store", db=self._meta)
-            for table in (self._files, self._links, self._dirs, self._holders, self._sharers, self._queue, self._meta):
+        with self._write() as (txn, tables):
+            owner = txn.get(b"store", db=tables.meta)
+            for table in tables.all():
                 txn.drop(table, delete=False)
-            for table in (self._verified, self._damages, *self.images.tables):
-                txn.drop(table, delete=False)
-            txn.put(b"version", SCHEMA_VERSION, db=self._meta)
-            txn.put(b"store", owner or b"", db=self._meta)
+            txn.put(b"version", SCHEMA_VERSION, db=tables.meta)
+            txn.put(b"store", owner or b"", db=tables.meta)
 
     def set_complete(self) -> None:
-        with self._write() as txn:
-            txn.put(b"complete", b"1", db=self._meta)
+        with self._write() as (txn, tables):
+            txn.put(b"complete", b"1", db=tables.meta)
 
     def set_incomplete(self) -> None:
         """The tree may hold what is not here: it is to be walked again."""
-        with self._write() as txn:
-            txn.delete(b"complete", db=self._meta)
+        with self._write() as (txn, tables):
+            txn.delete(b"complete", db=tables.meta)
 
     def save_queue(self, items: list[tuple[Ino, bytes]]) -> None:
         """Replace the stored queue."""
-        with self._write() as txn:
-            txn.drop(self._queue, delete=False)
+        with self._write() as (txn, tables):
+            txn.drop(tables.queue, delete=False)
             for number, (ino, path) in enumerate(items):
-                txn.put(codec.encode_ino(Ino(number)), codec.encode_pending(path, ino), db=self._queue)
+                txn.put(codec.encode_ino(Ino(number)), codec.encode_pending(path, ino), db=tables.queue)
 
     def load_queue(self) -> list[tuple[Ino, bytes]]:
-        with self._read() as txn, txn.cursor(self._queue) as cursor:
+        with self._read() as (txn, tables), txn.cursor(tables.queue) as cursor:
             return [codec.decode_pending(value) for _, value in cursor]
 
 
@@ -451,6 +517,15 @@ def _lock_in_memory(directory: str) -> Iterator[str]:
         yield place  # LMDB opens everything once; the names may go
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What LMDB says when it opens an index, as our error."""
+    try:
+        yield
+    except lmdb.Error as error:
+        raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
+
+
 def _verify(path: str) -> None:
     """Refuse a file that would crash LMDB, which trusts what it maps. A large one is taken on trust: it would hold up
     the mount, and fsck looks at it."""
@@ -469,24 +544,56 @@ def _verify(path: str) -> None:
 
 
 class _Reading:
-    """A transaction to read in. A class, since it is entered a dozen times for a file: half the cost of a generator."""
+    """A transaction to read in, and its tables. A class, since it is entered a dozen times for a file: half the cost of
+    a generator."""
 
-    __slots__ = ("_env", "_txn")
+    __slots__ = ("_index", "_txn")
 
-    def __init__(self, env: lmdb.Environment) -> None:
-        self._env = env
+    def __init__(self, index: Index) -> None:
+        self._index = index
 
-    def __enter__(self) -> lmdb.Transaction[bytes]:
+    def __enter__(self) -> tuple[lmdb.Transaction[bytes], _Tables]:
+        tables = self._index._tables
         try:
-            self._txn = self._env.begin()
+            self._txn = tables.env.begin()
         except lmdb.Error as error:
-            raise _unreadable(error) from None
-        return self._txn
+            try:
+                self._txn, tables = self._index._begin_anew(tables, error)
+            except lmdb.Error as again:
+                raise _unreadable(again) from None
+        return self._txn, tables
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._txn.abort()
         if isinstance(error, (lmdb.Error, StoreError)):
             raise _unreadable(error) from None
+
+
+def _inodes(txn: lmdb.Transaction[bytes], table: lmdb._Database, content: ContentKey) -> list[Ino]:
+    with txn.cursor(table) as cursor:
+        if not cursor.set_key(codec.encode_content(content)):
+            return []
+        return [codec.decode_ino(value) for value in cursor.iternext_dup()]
+
+
+def _walk_up(txn: lmdb.Transaction[bytes], tables: _Tables, link: Link, root: Ino) -> bytes | None:
+    parts = [link.name]
+    length = len(link.name)
+    while link.parent != root:
+        value = txn.get(codec.encode_ino(link.parent), db=tables.dirs)
+        if value is None:
+            return None
+        link = codec.decode_link(value)
+        parts.append(link.name)
+        length += len(link.name) + 1
+        if length > _LONGEST_PATH:  # directories of a damaged index that contain each other
+            return None
+    return b"/".join(reversed(parts))
+
+
+def _counter(txn: lmdb.Transaction[bytes], tables: _Tables, name: str) -> int:
+    value = txn.get(b"count." + name.encode(), db=tables.meta)
+    return 0 if value is None else codec.decode_counter(value)
 
 
 def _go_to_next(cursor: lmdb.Cursor[bytes], after: bytes) -> bool:
@@ -514,7 +621,7 @@ class Batch:
         self.no_pictures: set[ContentKey] = set()  # contents that do not begin like one
         self.learned: set[Ino] = set()  # directories that were looked at for this batch, with all above them
         self.dereferenced: set[ContentKey] = set()  # contents that a record of a reference was dropped of
-        self._scrubbed: list[tuple[lmdb._Database, bytes, bytes | None]] = []  # None: removed
+        self._scrubbed: list[tuple[str, bytes, bytes | None]] = []  # the table's name; None: removed
 
     def __len__(self) -> int:
         records = len(self._files) + len(self._links) + len(self._dirs)
@@ -610,50 +717,50 @@ class Batch:
     def put_verified(self, content: ContentKey, verified: Verified | None) -> None:
         """A scrub read a content and found it good; None: nobody has it any more."""
         value = None if verified is None else codec.encode_verified(verified)
-        self._scrubbed.append((self._index._verified, codec.encode_content(content), value))
+        self._scrubbed.append(("verified", codec.encode_content(content), value))
 
     def put_damage(self, damage: Damage) -> None:
-        self._scrubbed.append((self._index._damages, *codec.encode_damage(damage)))
+        self._scrubbed.append(("damages", *codec.encode_damage(damage)))
 
     def drop_damage(self, damage: Damage) -> None:
-        self._scrubbed.append((self._index._damages, codec.encode_damage(damage)[0], None))
+        self._scrubbed.append(("damages", codec.encode_damage(damage)[0], None))
 
     def put_scrub_pass(self, scrub: ScrubPass) -> None:
-        self._scrubbed.append((self._index._meta, b"scrub", codec.encode_scrub_pass(scrub)))
+        self._scrubbed.append(("meta", b"scrub", codec.encode_scrub_pass(scrub)))
 
     def put_image(self, content: ContentKey, described: Described) -> None:
         """What became of a content that waited to be described."""
         self._described[content] = described
 
     def commit(self) -> None:
-        """Write everything in one transaction. Raises IndexDamaged (a full map or disk too), with nothing changed."""
+        """Write everything in one transaction. Raises IndexDamaged (a full map or disk too), with nothing changed
+        or, where the disk failed at the very end, perhaps everything: to commit it again does nothing twice."""
         if not len(self):
             return
-        index = self._index
-        with index._write() as txn:
+        with self._index._write() as (txn, tables):
             contents: dict[ContentKey, None] = {}  # in the order in which their files came
             for ino, record in self._files.items():
-                contents.update(dict.fromkeys(self._write_file(txn, ino, record)))
-            index.images.follow(txn, contents, self.no_pictures)
+                contents.update(dict.fromkeys(self._write_file(txn, tables, ino, record)))
+            self._index.images.follow(txn, tables, contents, self.no_pictures)
             for content, described in self._described.items():
-                index.images.record(txn, content, described)
+                self._index.images.record(txn, tables, content, described)
             for ino, changed in self._links.items():
                 key = codec.encode_ino(ino)
                 for link, put in changed.items():
                     if put:
-                        txn.put(key, codec.encode_link(link), db=index._links)
+                        txn.put(key, codec.encode_link(link), db=tables.links)
                     else:
-                        txn.delete(key, codec.encode_link(link), db=index._links)
+                        txn.delete(key, codec.encode_link(link), db=tables.links)
             for ino, up in self._dirs.items():
                 if up is None:
-                    txn.delete(codec.encode_ino(ino), db=index._dirs)
+                    txn.delete(codec.encode_ino(ino), db=tables.dirs)
                 else:
-                    txn.put(codec.encode_ino(ino), codec.encode_link(up), db=index._dirs)
+                    txn.put(codec.encode_ino(ino), codec.encode_link(up), db=tables.dirs)
             for table, key, value in self._scrubbed:
                 if value is None:
-                    txn.delete(key, db=table)
+                    txn.delete(key, db=getattr(tables, table))
                 else:
-                    txn.put(key, value, db=table)
+                    txn.put(key, value, db=getattr(tables, table))
         self._files.clear()
         self._holders.clear()
         self._numbers.clear()
@@ -664,48 +771,52 @@ class Batch:
         self._scrubbed.clear()
         self._described.clear()
 
-    def _write_file(self, txn: lmdb.Transaction[bytes], ino: Ino, record: FileRecord | None) -> list[ContentKey]:
+    def _write_file(
+        self, txn: lmdb.Transaction[bytes], tables: _Tables, ino: Ino, record: FileRecord | None
+    ) -> list[ContentKey]:
         """Answers the contents that it had and has."""
-        index, key = self._index, codec.encode_ino(ino)
+        key = codec.encode_ino(ino)
         contents: list[ContentKey] = []
-        value = txn.get(key, db=index._files)
+        value = txn.get(key, db=tables.files)
         if value is not None:
             before = codec.decode_file(value)
             contents.append(before.content)
-            self._account(txn, key, before, joins=False)
+            self._account(txn, tables, key, before, joins=False)
         if record is None:
-            txn.delete(key, db=index._files)
+            txn.delete(key, db=tables.files)
         else:
-            txn.put(key, codec.encode_file(record), db=index._files)
-            self._account(txn, key, record, joins=True)
+            txn.put(key, codec.encode_file(record), db=tables.files)
+            self._account(txn, tables, key, record, joins=True)
             contents.append(record.content)
         return contents
 
-    def _account(self, txn: lmdb.Transaction[bytes], ino: bytes, record: FileRecord, *, joins: bool) -> None:
+    def _account(
+        self, txn: lmdb.Transaction[bytes], tables: _Tables, ino: bytes, record: FileRecord, *, joins: bool
+    ) -> None:
         """Keep the tables by content, and the counters, in step with one file record that comes or goes."""
-        index, content, size = self._index, codec.encode_content(record.content), record.stamp.size_bytes
+        content, size = codec.encode_content(record.content), record.stamp.size_bytes
         sign = 1 if joins else -1
         change = {"files": sign, "logical": sign * size}
-        tables = [index._holders]
+        by_content = [tables.holders]
         if record.state is FileState.PLAIN:
             change["plain"] = sign * size
         else:
-            tables.append(index._sharers)
+            by_content.append(tables.sharers)
             change["references" if record.state is FileState.REFERENCE else "shared"] = sign
-            before = txn.get(content, db=index._sharers) is not None
-        for table in tables:
+            before = txn.get(content, db=tables.sharers) is not None
+        for table in by_content:
             if joins:
                 txn.put(content, ino, db=table)
             else:
                 txn.delete(content, ino, db=table)
         if record.state is not FileState.PLAIN:
-            after = txn.get(content, db=index._sharers) is not None
+            after = txn.get(content, db=tables.sharers) is not None
             if before != after:
                 change["contents"] = sign
                 change["contents_bytes"] = sign * size
         for name, amount in change.items():
-            total = index._counter(txn, name) + amount
-            txn.put(b"count." + name.encode(), codec.encode_counter(total), db=index._meta)
+            total = _counter(txn, tables, name) + amount
+            txn.put(b"count." + name.encode(), codec.encode_counter(total), db=tables.meta)
 
 
 def recompute(index: Index) -> Totals:

@@ -1,7 +1,8 @@
 """`.dedupfs/reserve`: room that nobody uses, so that a disk where nothing is free can be emptied by deleting.
 
 A blob goes when the index has written that nothing refers to it any more. Writing takes room: wherever the index has to
-grow, and always on a filesystem that does not write in place. What is deleted would then free nothing, for ever.
+grow, and always on a filesystem that does not write in place. So does taking the immutable flag off the blob, beyond a
+quota of btrfs. What is deleted would then free nothing, for ever.
 """
 
 import logging

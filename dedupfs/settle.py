@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from .backing import Backing
+from .backing import NO_ROOM, Backing
 from .digest import Checkpoint, proceed
 from .errors import DedupfsError, IndexDamaged, StoreError
 from .index import Batch, Index
@@ -45,7 +45,7 @@ _POSTPONED_S = 60.0
 _POSTPONED_BY_A_WALK_S = 3600.0  # while the walk has not ended: it offers them at its end
 _CREDIT_S = 1.0  # so much work is done in one piece before the rate makes it rest
 _CLOCK_S = 10.0  # until it is looked again at the clock: it may be set, or a quiet hour end
-_RETRY_S = 5.0  # after the index could not be written
+_RETRY_S = 5.0  # after the index could not be written, or a blob not be removed, for want of room
 _MOST_MOVES = 8  # of one file while it is looked at, before it goes to the end of the queue
 
 
@@ -95,6 +95,7 @@ class Settler:
         self._tried_at = 0.0
         self._journal = Journal()
         self._unreferenced: set[ContentKey] = set()  # contents whose blob may have lost its last reference
+        self._remove_at_s = 0.0  # when it is tried again, after there was no room to remove one
         self._moved_directories: list[bytes] | None = None
         self._changed_at = 0.0  # when an app last changed something
         self._applied = 0  # journal entries that are in the index
@@ -625,6 +626,8 @@ class Settler:
 
     def _remove_unreferenced(self) -> None:
         """Remove the blobs that lost their last reference. The batch is committed: the index counts them all."""
+        if time.monotonic() < self._remove_at_s and not self._stopping:
+            return
         for content in list(self._unreferenced) if self.index_is_complete else []:
             with self._gate.exclusive():
                 # Inside the gate no app makes a reference; one that was made before is still in the journal.
@@ -634,11 +637,26 @@ class Settler:
                 if undecided or self._openfiles.uses(content):
                     continue
                 self._unreferenced.discard(content)
-                if not self.is_referenced(content):
-                    try:
-                        self._unlink_blob(content)
-                    except OSError as error:
-                        log.warning("blob %s cannot be removed; the next scan tries again: %s", content.name, error)
+                if not self.is_referenced(content) and not self._remove(content):
+                    return
+
+    def _remove(self, content: ContentKey) -> bool:
+        """Answers whether it is of use to go on with others."""
+        try:
+            self._unlink_blob(content)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                log.warning("blob %s cannot be removed; the next scan tries again: %s", content.name, error)
+                return True
+            self._unreferenced.add(content)
+            if self._reserve.give():
+                return True
+            if not self._remove_at_s:
+                log.warning("blobs that nothing refers to stay until there is room to remove them: %s", error)
+            self._remove_at_s = time.monotonic() + _RETRY_S
+            return False
+        self._remove_at_s = 0.0
+        return True
 
     def is_referenced(self, content: ContentKey) -> bool:
         """Whether there is a reference to this content.

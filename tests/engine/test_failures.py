@@ -3,11 +3,12 @@
 import errno
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 
+from dedupfs.backing import Backing
 from dedupfs.config import MountOptions, Share
 from dedupfs.engine import Engine
 from dedupfs.errors import Busy, IndexDamaged, Unavailable
@@ -167,6 +168,110 @@ def test_a_copy_that_cannot_refer_is_of_bytes(bench: Bench, failing: str) -> Non
     assert not bench.is_reference("copy")
     bench.append("copy", b"more")
     assert bench.read("copy") == DATA + b"more"
+
+
+# -- a blob that cannot be removed: where a quota of btrfs is used up, the immutable flag does not come off
+
+
+@pytest.fixture
+def full(bench: Bench) -> Failing:
+    """Two pairs of files that share are gone, and there is no room to remove what they shared."""
+    bench.close()
+    backing = Failing(bench.source)
+    bench.open(backing=backing)
+    fill_and_empty(bench, backing)
+    return backing
+
+
+def fill_and_empty(bench: Bench, backing: Failing) -> None:
+    pairs = {f"{side}{number}": content(f"pair {number}", 3 * BLOCK) for side in "ab" for number in (1, 2)}
+    for name, data in pairs.items():
+        bench.write(name, data)
+    bench.settle()
+    assert len(bench.blobs()) == 2
+    backing.only, backing.error, backing.always, backing.fails_at = "fset_immutable", errno.EDQUOT, True, 0
+    backing.calls = 0
+    for name in pairs:
+        bench.unlink(name)
+
+
+def test_what_is_kept_for_a_full_disk_is_given_for_a_blob(bench: Bench, full: Failing) -> None:
+    reserve = bench.source / ".dedupfs/reserve"
+    reserve.write_bytes(bytes(100_000))
+    full.always = False
+    bench.settle()
+    assert not reserve.exists()
+    bench.settle()
+    assert bench.blobs() == []
+
+
+def test_a_blob_stays_until_there_is_room(
+    bench: Bench, full: Failing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.expect_log("WARNING.*until there is room")
+    monkeypatch.setattr("dedupfs.settle._POLL_S", 0.01)
+    monkeypatch.setattr("dedupfs.settle._RETRY_S", 0.1)
+    bench.engine.start()
+    bench.wait_for(lambda: full.calls > 2)
+    assert len(bench.blobs()) == 2
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    full.fails_at = -1
+    bench.wait_for(lambda: bench.blobs() == [])
+
+
+def test_one_that_cannot_be_removed_otherwise_waits_for_the_next_scan(bench: Bench, full: Failing) -> None:
+    bench.expect_log("WARNING.*the next scan tries again")
+    full.error, full.always = errno.EIO, False
+    for _ in range(2):
+        bench.settle()
+        assert len(bench.blobs()) == 1
+    bench.scan()
+    bench.settle()
+    assert bench.blobs() == []
+
+
+def test_it_is_not_tried_all_the_time(bench: Bench, full: Failing) -> None:
+    bench.expect_log("WARNING.*until there is room")
+    for _ in range(3):
+        bench.settle()
+    assert full.calls == 1
+    full.fails_at = -1
+    bench.close()
+    assert (bench.source / ".dedupfs/clean").exists()
+    bench.open()
+    assert bench.engine.settler.index_is_complete
+    assert bench.blobs() == []
+
+
+def test_each_time_that_there_is_no_room_is_told(
+    bench: Bench, full: Failing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.expect_log("WARNING.*until there is room")
+    monkeypatch.setattr("dedupfs.settle._RETRY_S", 0)
+    bench.settle()
+    full.fails_at = -1
+    bench.settle()
+    assert bench.blobs() == []
+    fill_and_empty(bench, full)
+    bench.settle()
+    assert [record.levelname for record in caplog.records].count("WARNING") == 2
+
+
+def test_the_flag_cannot_be_cleared_for_want_of_room(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answering(number: int) -> Callable[..., bytes]:
+        def ioctl(fd: int, request: int, *_: object) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        return ioctl
+
+    bench.write("one", DATA)
+    with open(bench.source / "one", "rb") as file, monkeypatch.context() as patched:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.ENOTTY, errno.EPERM):
+            patched.setattr("dedupfs.backing.fcntl.ioctl", answering(number))
+            Backing.fset_immutable(file.fileno(), immutable=True)
+            refused = pytest.raises(OSError, match=os.strerror(number))
+            with refused if number in (errno.ENOSPC, errno.EDQUOT) else nullcontext():
+                Backing.fset_immutable(file.fileno(), immutable=False)
 
 
 # -- the index

@@ -323,8 +323,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a blob is removed while it is referenced", "settle",
-        "                if not self.is_referenced(content):",
-        "                if True:",
+        "if not self.is_referenced(content) and not self._remove(content):",
+        "if not self._remove(content):",
         4, (_ENGINE + "test_blobs.py",),
     ),
     Mutation(

@@ -262,17 +262,17 @@ def test_fsck_is_told_of_disagreement(tmp_path: Path) -> None:
         put_files(index, 1, 2)
         put_images(index, {1: described(), 2: described(1)})
         images = index.images
-        with index._write() as txn:
-            txn.delete(codec.encode_content(content(1)), db=images._thumbnails)
+        with index._write() as (txn, tables):
+            txn.delete(codec.encode_content(content(1)), db=tables.thumbnails)
             txn.put(
                 codec.encode_content(content(5)),
                 codec.encode_image_entry(ImageEntry(ImageState.NO_PICTURE)),
-                db=images._images,
+                db=tables.images,
             )
             txn.put(
                 codec.encode_content(content(1)),
                 codec.encode_alike(Alike(content(6), Relation.TONE, 1)),
-                db=images._alike,
+                db=tables.alike,
             )
         found = list(images.problems())
     assert len(found) == 4, found

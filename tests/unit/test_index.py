@@ -357,8 +357,8 @@ def test_the_index_of_another_store(directory: Path) -> None:
 
 @pytest.mark.parametrize("version", [b"0", b"3", b"", b"11", b"22"])
 def test_another_schema(directory: Path, version: bytes) -> None:
-    with Index(str(directory), IDENTITY) as index, index._write() as txn:
-        txn.put(b"version", version, db=index._meta)
+    with Index(str(directory), IDENTITY) as index, index._write() as (txn, tables):
+        txn.put(b"version", version, db=tables.meta)
     with pytest.raises(UnknownFormat):
         Index(str(directory), IDENTITY)
 
@@ -394,9 +394,9 @@ def test_a_file_that_is_no_index(directory: Path, damage: str) -> None:
 
 
 def test_a_value_that_is_no_record(index: Index) -> None:
-    with index._write() as txn:
-        txn.put((10).to_bytes(8, "big"), b"garbage", db=index._files)
-        txn.put(b"count.files", b"garbage", db=index._meta)
+    with index._write() as (txn, tables):
+        txn.put((10).to_bytes(8, "big"), b"garbage", db=tables.files)
+        txn.put(b"count.files", b"garbage", db=tables.meta)
     with pytest.raises(IndexDamaged):
         index.file(Ino(10))
     with pytest.raises(IndexDamaged):
