@@ -412,7 +412,7 @@ class Settler:
 
     def _nap_s(self) -> float | None:
         if self._unreferenced and self.index_is_complete:
-            return _POLL_S
+            return max(self._remove_at_s - time.monotonic(), _POLL_S)
         if self._fresh or self._backlog:  # and they rest
             return min(max(self._rest_until_s - time.monotonic(), _POLL_S), _CLOCK_S)
         return self._patience_s() if self._postponed else None
