@@ -730,6 +730,37 @@ MUTATIONS = [
         "        while is_dead(mountpoint):\n",
         1, ("tests/mount/test_life.py::test_nobody_sees_what_a_dead_mount_hides",),
     ),
+    # --- what the kernel and LMDB keep
+    Mutation(
+        "the kernel drops pages as it sees fit", "fusefs",
+        "        conn.want &= ~_CAP_AUTO_INVAL_DATA\n",
+        "",
+        4, ("tests/mount/test_coherence.py",),
+    ),
+    Mutation(
+        "an open drops the pages under a writer", "kernelcache",
+        "other.writes and other is not handle and other.known_as == handle.known_as",
+        "False",
+        4, ("tests/unit/test_kernelcache.py",),
+    ),
+    Mutation(
+        "pages stay over what came past the mount", "fusefs",
+        "fi.keep_cache = int(self._pages.may_stay(handle))",
+        "fi.keep_cache = 1",
+        4, ("tests/mount/test_coherence.py",),
+    ),
+    Mutation(
+        "a dead index is closed under its readers", "index",
+        "while _is_read(self.env) and time.monotonic() < deadline:",
+        "while False:",
+        7, ("tests/unit/test_index_anew.py",),
+    ),
+    Mutation(
+        "another file is opened in the place of a dead index", "index",
+        "if _inode(self._directory) != tables.inode:",
+        "if False:",
+        7, ("tests/unit/test_index_anew.py",),
+    ),
 ]
 # fmt: on
 
