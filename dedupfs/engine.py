@@ -282,7 +282,10 @@ class Engine:
         self.index.close()
         self.store.withdraw()
         if agrees and not self.settler.lost_a_batch:
-            self.store.mark_clean()
+            try:
+                self.store.mark_clean()
+            except OSError as error:
+                log.warning("the store cannot be marked clean, and its tree is walked at the next start: %s", error)
         self.store.close()
         self.backing.close()
 

@@ -397,6 +397,22 @@ def test_no_room_at_the_end(bench: Bench) -> None:
     assert bench.status()["files"] == 1
 
 
+def test_no_room_for_the_clean_mark(bench: Bench) -> None:
+    bench.close()
+    backing = Failing(bench.source)
+    bench.open(backing=backing)
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.expect_log("the store cannot be marked clean")
+    backing.only, backing.error, backing.always, backing.fails_at = "rename", errno.EDQUOT, True, 0
+    bench.close()
+    assert backing.named == ["rename"]
+    assert not (bench.source / ".dedupfs/clean").exists()
+    bench.recover()
+    assert bench.read("one") == bench.read("two") == DATA
+
+
 def test_apps_go_on_without_an_index(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that an app does with files needs the index."""
     monkeypatch.setattr("dedupfs.settle._RETRY_S", 0.05)
