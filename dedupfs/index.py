@@ -1,6 +1,6 @@
 """The index: what is known about the tree, in LMDB. It holds no truth; deleting it costs time and nothing else.
 
-Only this module imports lmdb; `codec` makes the bytes. The tables (d: dupsort, several values a key):
+`environment` knows LMDB, `codec` makes the bytes. The tables (d: dupsort, several values a key):
 
     table      key               value             says
     meta       b"version"        b"2"              schema version; a newer one is refused, an older one taken over
@@ -23,120 +23,32 @@ look at the file, a record too many is found wrong when it is looked at.
 
 One thread at a time writes, through a `Batch`: changes gather in memory, readable at once by their owner, and go to
 LMDB in one transaction. No file is read and nothing hashed while a write transaction is open.
-
-Where LMDB cannot write its root page (a used-up quota of btrfs, a disk that fails), it refuses everything from then on.
-Whoever comes next, to read or to write, opens it anew: a transaction comes with the handles that go with it.
 """
 
-from __future__ import annotations  # lmdb's classes are generic for the type checker only
+from __future__ import annotations
 
-import errno
 import itertools
 import os
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from tempfile import TemporaryDirectory
-from typing import Self
-
-import lmdb
-from lmdb.verify import VerifyError, verify
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING, Self
 
 from . import codec
-from .errors import IndexDamaged, SourceError, StoreError, UnknownFormat
+from .environment import Environment, Tables
+from .errors import IndexDamaged, SourceError, UnknownFormat
 from .imagetables import Described, ImageTables
 from .model import ContentKey, Damage, Digest, FileRecord, FileState, Ino, Link, ScrubPass, Totals, Verified
+
+if TYPE_CHECKING:
+    from .environment import Cursor, Reading, Table, Transaction
 
 SCHEMA_VERSION = b"2"
 # Older schemas that are taken over as they are. 1 has all of this one but the tables of pictures, which begin empty.
 TAKEN_OVER = (b"1",)
 
-# Sparse, and never grown: enlarging a map while transactions are open is what crashes. About 400 bytes a file are used.
-_MAP_BYTES = 64 << 30
 _COUNTERS = ("files", "logical", "plain", "references", "shared", "contents", "contents_bytes")
 _LONGEST_PATH = 1 << 16
-_IN_MEMORY = ("/dev/shm", "/run")
 _PAGE = 64
-_VERIFIED_BYTES = 64 << 20  # half a second
-_READING_S = 10.0  # how long who reads in a dead environment is waited for
-_POLL_S = 0.001
-_DUPSORT = frozenset({"links", "holders", "sharers", "alike"})
-
-
-class _Tables:
-    """An open environment, and the handles of its tables, which are what is annotated here: good for transactions of
-    this environment, and for no other's."""
-
-    meta: lmdb._Database
-    files: lmdb._Database
-    links: lmdb._Database
-    dirs: lmdb._Database
-    holders: lmdb._Database
-    sharers: lmdb._Database
-    queue: lmdb._Database
-    verified: lmdb._Database
-    damages: lmdb._Database
-    images: lmdb._Database
-    thumbnails: lmdb._Database
-    backlog: lmdb._Database
-    alike: lmdb._Database
-
-    def __init__(self, directory: str) -> None:
-        """With `meta` alone: the others are made where they are not."""
-        with _lock_in_memory(directory) as place:
-            self.env = lmdb.open(
-                place,
-                map_size=_MAP_BYTES,
-                max_dbs=32,
-                max_readers=512,
-                mode=0o600,
-                writemap=False,
-                readahead=False,
-            )
-        try:
-            self._check_length(os.path.join(directory, "data.mdb"))
-            self.inode = _inode(directory)
-            self.meta = self.env.open_db(b"meta")
-        except BaseException:
-            self.env.close()
-            raise
-
-    def _check_length(self, path: str) -> None:
-        """LMDB maps what its header promises: of a file that was cut short, the rest is a SIGBUS."""
-        promised = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
-        found = os.stat(path).st_size
-        if found < promised:
-            raise IndexDamaged(f"the index has {found} of {promised} bytes")
-
-    def open_all(self) -> None:
-        try:
-            for name in _Tables.__annotations__:
-                setattr(self, name, self.env.open_db(name.encode(), dupsort=name in _DUPSORT))
-        except BaseException:
-            self.env.close()
-            raise
-
-    def all(self) -> list[lmdb._Database]:
-        return [getattr(self, name) for name in _Tables.__annotations__]
-
-    def close_unread(self) -> None:
-        """Close a dead environment, in which no transaction begins any more, when those that are open have ended. Who
-        does not come to an end meets an error."""
-        deadline = time.monotonic() + _READING_S
-        while _is_read(self.env) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-        self.env.close()
-
-
-def _inode(directory: str) -> tuple[int, int]:
-    found = os.stat(os.path.join(directory, "data.mdb"))
-    return found.st_dev, found.st_ino
-
-
-def _is_read(env: lmdb.Environment) -> bool:
-    """Whether LMDB's table of readers has one that is at a transaction; those that wait for one have a dash there."""
-    return any(line.split()[-1].isdigit() for line in env.readers().splitlines())
 
 
 class Index:
@@ -150,52 +62,15 @@ class Index:
         OSError when there is no room for the copy.
         """
         self._directory = os.fsdecode(directory)
-        self._opening = threading.Lock()
-        self._is_lost = False  # the environment was dead and is closed, and none could be opened since
         self.images = ImageTables(self._read, self._write)
-        _verify(os.path.join(self._directory, "data.mdb"))
-        with _refusing():
-            self._tables = _Tables(self._directory)
+        self._environment = Environment(self._directory)
         try:
             # Before a table is made that another schema does not have.
             self._check_identity(identity.encode(), take_over=take_over)
-            with _refusing():
-                self._tables.open_all()
+            self._environment.open_tables()
         except BaseException:
-            self._tables.env.close()
+            self._environment.close()
             raise
-
-    def _begin_anew(
-        self, tables: _Tables, error: lmdb.Error, *, write: bool = False
-    ) -> tuple[lmdb.Transaction[bytes], _Tables]:
-        """A transaction where none could begin in `tables`. Raises as `_open_anew` does."""
-        while True:  # what was opened may be dead before this thread comes to it
-            tables = self._open_anew(tables, error)
-            try:
-                return tables.env.begin(write=write), tables
-            except lmdb.Error as again:
-                error = again
-
-    def _open_anew(self, tables: _Tables, error: lmdb.Error) -> _Tables:
-        """What to use instead of `tables`, in which no transaction could begin. Raises `error` where opening it again
-        is of no use, and IndexDamaged where it cannot be: who comes next tries again."""
-        with self._opening:
-            if self._tables is not tables:
-                return self._tables  # somebody else was faster
-            if not (self._is_lost or isinstance(error, lmdb.PanicError)):
-                raise error
-            try:
-                if _inode(self._directory) != tables.inode:
-                    raise IndexDamaged("the index cannot be opened again: another file is in its place")
-                if not self._is_lost:
-                    tables.close_unread()  # LMDB does not open a file twice, and knows of no readers but its own
-                    self._is_lost = True
-                opened = _Tables(self._directory)
-                opened.open_all()
-            except (lmdb.Error, OSError) as problem:
-                raise IndexDamaged(f"the index cannot be opened again ({problem})") from None
-            self._tables, self._is_lost = opened, False
-            return opened
 
     def _check_identity(self, identity: bytes, *, take_over: bool) -> None:
         with self._read() as (txn, tables):
@@ -228,7 +103,7 @@ class Index:
         try:
             fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
-                self._tables.env.copyfd(fd)
+                self._environment.copy(fd)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -238,22 +113,17 @@ class Index:
                 os.fsync(directory)
             finally:
                 os.close(directory)
-        except (OSError, lmdb.Error) as error:
-            number = error.errno if isinstance(error, OSError) else errno.EIO
+        except OSError as error:
             with suppress(FileNotFoundError):
                 os.unlink(path + ".new")
             raise OSError(
-                number,
+                error.errno,
                 f"the index is of an older version, and cannot be copied before it is taken over ({error}); make room, "
                 "or delete .dedupfs/index: then it is made anew",
             ) from None
 
     def close(self) -> None:
-        with self._opening:
-            if not self._is_lost:
-                self._tables.env.sync(True)
-                self._tables.env.close()
-            self._is_lost = False  # it stays closed
+        self._environment.close()
 
     def __enter__(self) -> Self:
         return self
@@ -261,21 +131,11 @@ class Index:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self) -> _Reading:
-        return _Reading(self)
+    def _read(self) -> Reading:
+        return self._environment.read()
 
-    @contextmanager
-    def _write(self) -> Iterator[tuple[lmdb.Transaction[bytes], _Tables]]:
-        try:
-            tables = self._tables
-            try:
-                txn = tables.env.begin(write=True)
-            except lmdb.Error as error:
-                txn, tables = self._begin_anew(tables, error, write=True)
-            with txn:
-                yield txn, tables
-        except (lmdb.Error, StoreError) as error:
-            raise IndexDamaged(f"the index cannot be written ({error})") from None
+    def _write(self) -> AbstractContextManager[tuple[Transaction, Tables]]:
+        return self._environment.write()
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -460,9 +320,7 @@ class Index:
 
     def used_share(self) -> float:
         """How much of the room that the index can have is used, 0 to 1."""
-        with self._read() as (_, tables):
-            info = tables.env.info()
-            return float((info["last_pgno"] + 1) * tables.env.stat()["psize"] / info["map_size"])
+        return self._environment.used_share()
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
@@ -504,79 +362,14 @@ def backup_name(version: bytes) -> str:
     return f"schema-{version.decode()}.mdb"
 
 
-@contextmanager
-def _lock_in_memory(directory: str) -> Iterator[str]:
-    """Where to open the index of `directory` so that LMDB's table of readers does not lie on the source's filesystem.
-
-    Every reader writes to that table through a shared mapping. Where no block can be had for it (a full disk; on btrfs
-    also a used up quota, at any time), that write is a SIGBUS. Nobody else needs the table: a store has one owner.
-    """
-    memory = next((path for path in _IN_MEMORY if os.access(path, os.W_OK | os.X_OK)), None)
-    with TemporaryDirectory(prefix="dedupfs-", dir=memory) as place:
-        os.symlink(os.path.abspath(os.path.join(directory, "data.mdb")), os.path.join(place, "data.mdb"))
-        yield place  # LMDB opens everything once; the names may go
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """What LMDB says when it opens an index, as our error."""
-    try:
-        yield
-    except lmdb.Error as error:
-        raise IndexDamaged(f"the index cannot be opened ({error}); run dedupfs rebuild") from None
-
-
-def _verify(path: str) -> None:
-    """Refuse a file that would crash LMDB, which trusts what it maps. A large one is taken on trust: it would hold up
-    the mount, and fsck looks at it."""
-    try:
-        if os.stat(path).st_size > _VERIFIED_BYTES:
-            return
-        problems: list[str] = verify(path)  # type: ignore[no-untyped-call]
-    except FileNotFoundError:
-        return
-    except (NotADirectoryError, IsADirectoryError) as error:
-        problems = [error.strerror or str(error)]
-    except VerifyError as error:
-        problems = [str(error)]
-    if problems:
-        raise IndexDamaged(f"the index is damaged ({problems[0]})")
-
-
-class _Reading:
-    """A transaction to read in, and its tables. A class, since it is entered a dozen times for a file: half the cost of
-    a generator."""
-
-    __slots__ = ("_index", "_txn")
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-
-    def __enter__(self) -> tuple[lmdb.Transaction[bytes], _Tables]:
-        tables = self._index._tables
-        try:
-            self._txn = tables.env.begin()
-        except lmdb.Error as error:
-            try:
-                self._txn, tables = self._index._begin_anew(tables, error)
-            except lmdb.Error as again:
-                raise _unreadable(again) from None
-        return self._txn, tables
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        self._txn.abort()
-        if isinstance(error, (lmdb.Error, StoreError)):
-            raise _unreadable(error) from None
-
-
-def _inodes(txn: lmdb.Transaction[bytes], table: lmdb._Database, content: ContentKey) -> list[Ino]:
+def _inodes(txn: Transaction, table: Table, content: ContentKey) -> list[Ino]:
     with txn.cursor(table) as cursor:
         if not cursor.set_key(codec.encode_content(content)):
             return []
         return [codec.decode_ino(value) for value in cursor.iternext_dup()]
 
 
-def _walk_up(txn: lmdb.Transaction[bytes], tables: _Tables, link: Link, root: Ino) -> bytes | None:
+def _walk_up(txn: Transaction, tables: Tables, link: Link, root: Ino) -> bytes | None:
     parts = [link.name]
     length = len(link.name)
     while link.parent != root:
@@ -591,20 +384,16 @@ def _walk_up(txn: lmdb.Transaction[bytes], tables: _Tables, link: Link, root: In
     return b"/".join(reversed(parts))
 
 
-def _counter(txn: lmdb.Transaction[bytes], tables: _Tables, name: str) -> int:
+def _counter(txn: Transaction, tables: Tables, name: str) -> int:
     value = txn.get(b"count." + name.encode(), db=tables.meta)
     return 0 if value is None else codec.decode_counter(value)
 
 
-def _go_to_next(cursor: lmdb.Cursor[bytes], after: bytes) -> bool:
+def _go_to_next(cursor: Cursor, after: bytes) -> bool:
     """Put a cursor of a table with several values a key on the first key behind `after`, b"" for the first of all;
     False when there is none."""
     more = cursor.set_range(after) if after else cursor.first()
     return cursor.next_nodup() if more and after and cursor.key() == after else more
-
-
-def _unreadable(error: Exception) -> IndexDamaged:
-    return IndexDamaged(f"the index cannot be read ({error}); run dedupfs rebuild")
 
 
 class Batch:
@@ -771,9 +560,7 @@ class Batch:
         self._scrubbed.clear()
         self._described.clear()
 
-    def _write_file(
-        self, txn: lmdb.Transaction[bytes], tables: _Tables, ino: Ino, record: FileRecord | None
-    ) -> list[ContentKey]:
+    def _write_file(self, txn: Transaction, tables: Tables, ino: Ino, record: FileRecord | None) -> list[ContentKey]:
         """Answers the contents that it had and has."""
         key = codec.encode_ino(ino)
         contents: list[ContentKey] = []
@@ -790,9 +577,7 @@ class Batch:
             contents.append(record.content)
         return contents
 
-    def _account(
-        self, txn: lmdb.Transaction[bytes], tables: _Tables, ino: bytes, record: FileRecord, *, joins: bool
-    ) -> None:
+    def _account(self, txn: Transaction, tables: Tables, ino: bytes, record: FileRecord, *, joins: bool) -> None:
         """Keep the tables by content, and the counters, in step with one file record that comes or goes."""
         content, size = codec.encode_content(record.content), record.stamp.size_bytes
         sign = 1 if joins else -1

@@ -195,7 +195,7 @@ class Bench:
         """What SIGKILL leaves of an engine without threads: what is on disk, and no owner."""
         engine, self._engine = self.engine, None
         engine._as_caller.close()
-        engine.index._tables.env.close()
+        engine.index._environment.close()
         for fd, _ in self._open_descriptors():
             os.close(fd)
 

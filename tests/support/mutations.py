@@ -750,13 +750,13 @@ MUTATIONS = [
         4, ("tests/mount/test_coherence.py",),
     ),
     Mutation(
-        "a dead index is closed under its readers", "index",
+        "a dead index is closed under its readers", "environment",
         "while _is_read(self.env) and time.monotonic() < deadline:",
         "while False:",
         7, ("tests/unit/test_index_anew.py",),
     ),
     Mutation(
-        "another file is opened in the place of a dead index", "index",
+        "another file is opened in the place of a dead index", "environment",
         "if _inode(self._directory) != tables.inode:",
         "if False:",
         7, ("tests/unit/test_index_anew.py",),

@@ -124,7 +124,7 @@ def test_a_commit_that_fails_changes_nothing(index: Index, monkeypatch: pytest.M
 
 
 def test_a_full_map_is_an_error_and_no_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dedupfs.index._MAP_BYTES", 1 << 20)
+    monkeypatch.setattr("dedupfs.environment._MAP_BYTES", 1 << 20)
     with Index(str(directory), IDENTITY) as index:
         batch = index.batch()
         for number in range(100):

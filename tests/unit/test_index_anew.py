@@ -12,9 +12,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from dedupfs.environment import Tables
 from dedupfs.errors import IndexDamaged
 from dedupfs.imagetables import Described
-from dedupfs.index import Batch, Index, _Tables, recompute
+from dedupfs.index import Batch, Index, recompute
 from dedupfs.model import (
     Alike,
     ContentKey,
@@ -225,7 +226,7 @@ def test_who_reads_is_waited_for(index: Index) -> None:
 
 
 def test_who_reads_for_ever_is_not(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dedupfs.index._READING_S", 0.01)
+    monkeypatch.setattr("dedupfs.environment._READING_S", 0.01)
     with pytest.raises(IndexDamaged), index._read() as (txn, tables):
         kill(index.set_complete)
         index.save_queue([])
@@ -235,22 +236,22 @@ def test_who_reads_for_ever_is_not(index: Index, monkeypatch: pytest.MonkeyPatch
 
 def test_it_is_opened_once(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two who write would each think that they are the only one."""
-    opened: list[_Tables] = []
-    open_all = _Tables.open_all
+    opened: list[Tables] = []
+    open_all = Tables.open_all
 
-    def counting(tables: _Tables) -> None:
+    def counting(tables: Tables) -> None:
         opened.append(tables)
         open_all(tables)
 
-    monkeypatch.setattr(_Tables, "open_all", counting)
+    monkeypatch.setattr(Tables, "open_all", counting)
     kill(index.set_complete)
     with ThreadPoolExecutor(8) as pool:
-        with index._opening:
+        with index._environment._opening:
             asking = [pool.submit(index.is_complete) for _ in range(8)]
             with pytest.raises(TimeoutError):
                 asking[-1].result(0.3)
         assert not any(each.result() for each in asking)
-    assert opened == [index._tables]
+    assert opened == [index._environment.tables]
 
 
 @pytest.mark.parametrize("use", [Index.is_complete, Index.set_incomplete])
@@ -258,9 +259,9 @@ def test_what_was_opened_may_be_dead_as_well(
     index: Index, monkeypatch: pytest.MonkeyPatch, use: Callable[[Index], object]
 ) -> None:
     """Somebody else was there between, and met the quota again."""
-    open_all, times = _Tables.open_all, iter(range(10))
+    open_all, times = Tables.open_all, iter(range(10))
 
-    def deadly(tables: _Tables) -> None:
+    def deadly(tables: Tables) -> None:
         def write() -> None:
             with tables.env.begin(write=True) as txn:
                 txn.put(b"complete", b"1", db=tables.meta)
@@ -269,7 +270,7 @@ def test_what_was_opened_may_be_dead_as_well(
         if next(times) < 2:
             kill(write)
 
-    monkeypatch.setattr(_Tables, "open_all", deadly)
+    monkeypatch.setattr(Tables, "open_all", deadly)
     kill(index.set_complete)
     assert not use(index)
     assert next(times) == 3
@@ -277,15 +278,15 @@ def test_what_was_opened_may_be_dead_as_well(
 
 def test_what_was_opened_may_be_of_no_use_for_another_reason(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is not opened once more."""
-    open_all = _Tables.open_all
+    open_all = Tables.open_all
     held: list[lmdb.Transaction[bytes]] = []
 
-    def write_in(tables: _Tables) -> None:
+    def write_in(tables: Tables) -> None:
         assert not held
         open_all(tables)
         held.append(tables.env.begin(write=True))
 
-    monkeypatch.setattr(_Tables, "open_all", write_in)
+    monkeypatch.setattr(Tables, "open_all", write_in)
     kill(index.set_complete)
     with pytest.raises(IndexDamaged):
         index.set_complete()
@@ -298,7 +299,7 @@ def test_nothing_else_has_it_opened_again(index: Index) -> None:
         with pytest.raises(IndexDamaged):
             index.set_complete()  # within another, which would wait for ever
         txn.put(b"complete", b"1", db=tables.meta)
-    assert index._tables is tables
+    assert index._environment.tables is tables
     assert index.is_complete()
 
 
@@ -337,7 +338,7 @@ def test_it_is_tried_again(index: Index, monkeypatch: pytest.MonkeyPatch, part: 
     expected, before = everything(index), held()
     kill(index.set_complete)
     with monkeypatch.context() as patched:
-        patched.setattr(f"dedupfs.index.{part}", failing)
+        patched.setattr(f"dedupfs.environment.{part}", failing)
         with pytest.raises(IndexDamaged, match=r"cannot be opened again.*(no descriptor|disk fails)") as reading:
             index.is_complete()
         with pytest.raises(IndexDamaged, match=r"cannot be opened again.*(no descriptor|disk fails)") as writing:
@@ -350,7 +351,7 @@ def test_it_is_tried_again(index: Index, monkeypatch: pytest.MonkeyPatch, part: 
 
 
 def test_one_that_was_cut_short_is_refused_and_closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dedupfs.index._VERIFIED_BYTES", 0)
+    monkeypatch.setattr("dedupfs.environment._VERIFIED_BYTES", 0)
     with Index(os.fspath(directory), IDENTITY) as index:
         index.save_queue([(Ino(number), b"x" * 100) for number in range(1000)])
     data = directory / "data.mdb"
@@ -385,7 +386,7 @@ def test_closed_when_it_is_dead(dead: Index, directory: Path) -> None:
 
 def test_closed_when_it_could_not_be_opened(dead: Index, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("dedupfs.index._DUPSORT", Fails())
+        patched.setattr("dedupfs.environment._DUPSORT", Fails())
         with pytest.raises(IndexDamaged):
             dead.is_complete()
     dead.close()
@@ -397,14 +398,14 @@ def test_closed_when_it_could_not_be_opened(dead: Index, directory: Path, monkey
 
 def test_closed_while_it_is_opened(dead: Index, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, going_on = threading.Event(), threading.Event()
-    open_all = _Tables.open_all
+    open_all = Tables.open_all
 
-    def slowly(tables: _Tables) -> None:
+    def slowly(tables: Tables) -> None:
         begun.set()
         assert going_on.wait(30)
         open_all(tables)
 
-    monkeypatch.setattr(_Tables, "open_all", slowly)
+    monkeypatch.setattr(Tables, "open_all", slowly)
     with ThreadPoolExecutor(2) as pool:
         asking = pool.submit(dead.is_complete)
         assert begun.wait(30)

@@ -40,6 +40,7 @@ LAYERS = [
     "blobs",
     "trash",
     "imagetables",
+    "environment",
     "index",
     "decisions",
     # workers
@@ -93,7 +94,7 @@ LAYERS = [
 
 # A library is the business of one module; another may take its place without the rest noticing.
 OWNERS = {
-    "lmdb": "index",
+    "lmdb": "environment",
     "prometheus_client": "metrics",
     "mfusepy": "libfuse",
     "xxhash": "digest",
