@@ -173,3 +173,9 @@ def test_records_of_scrubs_of_another_version() -> None:
     for decode in (codec.decode_verified, codec.decode_scrub_pass):
         with pytest.raises(StoreError):
             decode(b"\x02")
+
+
+@pytest.mark.parametrize("value", [b"", b"\x01", b"\x02\x00", b"\x01\x09", b"\x01\x01short"])
+def test_what_is_known_of_a_picture_in_another_form(value: bytes) -> None:
+    with pytest.raises(StoreError):
+        codec.decode_image_entry(value)
