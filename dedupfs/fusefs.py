@@ -300,6 +300,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         name = relative.rpartition(b"/")[2]
         was_hidden = name in self._hidden
         self._hidden.discard(name)
+        self._probed.pop(name, None)
+        self._pages.forget(relative)
         try:
             st = self._vfs.unlink(relative)
         except FileNotFoundError:
@@ -322,6 +324,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def rename_fuse_3(self, path: bytes, new: bytes, flags: int) -> None:
         old, relative = _relative(path), _relative(new)
         name = relative.rpartition(b"/")[2]
+        self._pages.forget(old)
+        self._pages.forget(relative)
         if self._probed and self._probed.pop(name, None) == request():
             # Within one request libfuse asked whether the name is free, and now moves a file there: an app that renames
             # a file to such a name asks and renames in two.
@@ -462,7 +466,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             # declares the two as one number of 64 bits.
             fi.poll_events = way.backing_id << 32
         if handle.inode.backing_file is not None:
-            self._pages.bypassed(handle)
+            self._pages.forget(handle.known_as)
         else:
             fi.keep_cache = int(self._pages.may_stay(handle))
         handle.may_be_mapped = fi.flags & os.O_ACCMODE == os.O_RDWR

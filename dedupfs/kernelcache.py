@@ -38,10 +38,10 @@ class KernelPages:
         """All that was written through `handle` is in the file."""
         self._enter(handle)
 
-    def bypassed(self, handle: Handle) -> None:
-        """What `handle` reads and writes goes past the pages."""
+    def forget(self, path: bytes) -> None:
+        """Another file is to be at the path, or none; or what is read and written there goes past the pages."""
         with self._lock:
-            self._versions.pop(handle.known_as, None)
+            self._versions.pop(path, None)
 
     def _enter(self, handle: Handle) -> bool:
         """Whether it was known like that before."""

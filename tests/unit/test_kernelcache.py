@@ -94,9 +94,9 @@ def test_a_writer_by_another_name_has_other_pages(files: Files) -> None:
     files.close(writer)
 
 
-def test_what_went_past_the_pages_is_not_in_them(files: Files) -> None:
+def test_a_file_that_is_forgotten(files: Files) -> None:
     assert not files.may_stay()
-    files.pages.bypassed(files.open())
+    files.pages.forget(b"file")
     assert not files.may_stay()
 
 
