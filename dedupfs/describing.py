@@ -257,10 +257,7 @@ class Describer:
                 self._condition.wait_for(lambda: self._awake or self._stopping, max(until_s - time.monotonic(), 0.0))
             rested = not self._awake
             self._awake = False
-            now_s = time.monotonic()
-            for content in [each for each, put_off in self._put_off.items() if put_off.until_s <= now_s]:
-                if not self._waits(content):
-                    del self._put_off[content]
+            self._forget_who_waits_no_more()
         if rested and not self._put_off:
             self._workers.rest()
             self._comparer.rest()
@@ -324,6 +321,7 @@ class Describer:
         with self._condition:
             urgent, now_s = list(self._urgent), time.monotonic()
             self._urgent.clear()
+            self._forget_who_waits_no_more()  # here as well, for under a steady stream of files there is no rest
             put_off = {content for content, each in self._put_off.items() if each.until_s > now_s}
         skipped = put_off.union(done)
         most = _ROUND * self._at_a_time  # some are described while others are compared
@@ -331,6 +329,13 @@ class Describer:
         chosen = dict.fromkeys(content for content in (*urgent, *waiting) if content not in skipped)
         first = list(chosen)[: len(urgent) or most]
         return [content for content in first if self._waits(content)]
+
+    def _forget_who_waits_no_more(self) -> None:
+        """Of those that were put off until now, the ones that are gone. The condition is held."""
+        now_s = time.monotonic()
+        for content in [each for each, put_off in self._put_off.items() if put_off.until_s <= now_s]:
+            if not self._waits(content):
+                del self._put_off[content]
 
     def _waits(self, content: ContentKey) -> bool:
         entry = self._index.images.entry(content)

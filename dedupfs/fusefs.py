@@ -154,11 +154,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, Directory] = {}
         # What was done for the request that a thread serves (libfuse makes several calls for some), by thread: changed
-        # attributes in which request; hid an open file in which request, under which name.
+        # attributes in which request; asked for which name of libfuse's manner in which request; hid an open file in
+        # which request, under which name.
         self._set_attributes: dict[int, int] = {}
+        self._probed: dict[int, tuple[int, bytes]] = {}
         self._hid: dict[int, tuple[int, bytes]] = {}
-        self._hidden: set[bytes] = set()  # names of such files that libfuse has not unlinked yet
-        self._probed: dict[bytes, int] = {}  # names in libfuse's manner that were asked for, and by which request
         words: dict[str, object] = {
             "fsname": fsname.replace("\\", "\\\\").replace(",", "\\,"),
         }
@@ -272,9 +272,9 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             name = relative.rpartition(b"/")[2]
             looks_hidden = _HIDDEN_NAME.fullmatch(name)
             if looks_hidden:
-                self._probed[name] = request()
+                self._probed[get_ident()] = (request(), name)
             found = self._vfs.getattr(relative)
-            if looks_hidden and name in self._hidden and self._set_attributes.get(get_ident()) == request():
+            if looks_hidden and self._set_attributes.get(get_ident()) == request() and self._vfs.is_unlinked(relative):
                 found = found._replace(nlink=found.nlink - 1)  # as above
             if found.nlink > 1 and not stat.S_ISDIR(found.st.st_mode):
                 self._names.seen(found.st, relative)
@@ -297,17 +297,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def unlink(self, path: bytes) -> None:
         relative = _relative(path)
-        name = relative.rpartition(b"/")[2]
-        was_hidden = name in self._hidden
-        self._hidden.discard(name)
-        self._probed.pop(name, None)
         self._pages.forget(relative)
-        try:
-            st = self._vfs.unlink(relative)
-        except FileNotFoundError:
-            if was_hidden:
-                return  # it went with its last handle
-            raise
+        st = self._vfs.unlink(relative)
         for other in self._names.gone(st, relative):
             self.session.invalidate(other)
 
@@ -324,13 +315,11 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def rename_fuse_3(self, path: bytes, new: bytes, flags: int) -> None:
         old, relative = _relative(path), _relative(new)
         name = relative.rpartition(b"/")[2]
-        self._pages.forget(old)
-        self._pages.forget(relative)
-        if self._probed and self._probed.pop(name, None) == request():
+        if self._probed.pop(get_ident(), None) == (request(), name):
             # Within one request libfuse asked whether the name is free, and now moves a file there: an app that renames
             # a file to such a name asks and renames in two.
             st = self._vfs.hide(old, name)
-            self._hidden.add(name)
+            self._pages.forget(old)
             self._names.moved(st, old, relative)
             self._invalidate_others(st, relative)
             self._hid[get_ident()] = (request(), name)
@@ -339,13 +328,17 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         if hid_in and hid_in == request() and self._vfs.unhide(hidden, relative, old):
             return
         st, replaced = self._vfs.rename(old, relative, flags)
+        is_directory = stat.S_ISDIR(st.st_mode)
         if flags & RENAME_EXCHANGE and replaced is not None:
+            is_directory |= stat.S_ISDIR(replaced.st_mode)
+            self._pages.moved({old: relative, relative: old}, is_directory=is_directory)
             self._names.exchanged(st, replaced, old, relative)
             self._invalidate_others(replaced, old)
         else:
             if replaced is not None:
                 for name in self._names.gone(replaced, relative):
                     self.session.invalidate(name)
+            self._pages.moved({old: relative}, is_directory=is_directory)
             self._names.moved(st, old, relative)
         self._invalidate_others(st, relative)
 

@@ -62,14 +62,14 @@ class OtherNames:
         else:
             changed, handles = [self._names.get(Key.of(st), set())], self._openfiles.handles_of(Key.of(st))
         for names in changed:
-            moved = {_moved(name, moves) for name in names}
+            moved = {path_after(name, moves) for name in names}
             names.clear()
             names.update(moved)
         for handle in handles:
-            handle.known_as = _moved(handle.known_as, moves)
+            handle.known_as = path_after(handle.known_as, moves)
 
 
-def _moved(path: bytes, moves: dict[bytes, bytes]) -> bytes:
+def path_after(path: bytes, moves: dict[bytes, bytes]) -> bytes:
     """Where a path leads after these renames of it or of a directory that it is in."""
     for old, new in moves.items():
         if path == old or path.startswith(old + b"/"):

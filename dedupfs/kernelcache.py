@@ -11,6 +11,7 @@ which is decided here, nor because another inode came to its path.
 import os
 import threading
 
+from .hardlinks import path_after
 from .openfiles import Handle, OpenFiles
 
 # Of so many files it is known that the pages are right; of others they are read again at the next open.
@@ -42,6 +43,19 @@ class KernelPages:
         """Another file is to be at the path, or none; or what is read and written there goes past the pages."""
         with self._lock:
             self._versions.pop(path, None)
+
+    def moved(self, moves: dict[bytes, bytes], *, is_directory: bool) -> None:
+        """A file was renamed, or a directory and whatever is in it, and the pages with it: from old path to new; two
+        that changed places are both in it."""
+        with self._lock:
+            for replaced in set(moves.values()) - moves.keys():
+                self._versions.pop(replaced, None)
+            paths = moves.keys() & self._versions.keys()
+            if is_directory:
+                inside = tuple(old + b"/" for old in moves)
+                paths |= {path for path in self._versions if path.startswith(inside)}
+            versions = {path: self._versions.pop(path) for path in paths}
+            self._versions.update((path_after(path, moves), version) for path, version in versions.items())
 
     def _enter(self, handle: Handle) -> bool:
         """Whether it was known like that before."""

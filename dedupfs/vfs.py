@@ -117,6 +117,10 @@ class Vfs:
         path = self._backing.path_of(handle.own_fd)
         return None if path is None or is_hidden(path) else path
 
+    def is_unlinked(self, path: bytes) -> bool:
+        """Whether a path is what libfuse calls an open file that was unlinked."""
+        return self._orphans.path(path.rpartition(b"/")[2]) is not None
+
     def names_hidden(self, handle: Handle) -> int:
         """How many of an open file's links nobody sees, since they were unlinked."""
         return self._orphans.count(handle.inode.key)

@@ -146,6 +146,25 @@ def test_a_file_that_becomes_a_blob_while_it_is_described(bench: Bench) -> None:
     assert len(described) == 2
 
 
+def test_what_cannot_be_read_and_goes_is_forgotten_under_a_steady_stream(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is always another file to be described, so that nobody rests."""
+    bench.reopen(start=True)
+    assert bench.engine.imaging is not None
+    describer = bench.engine.imaging.describer
+    monkeypatch.setattr(describer, "_describe", lambda content: None)
+    monkeypatch.setattr(describer, "_rest", lambda: describer._pause(0.01))
+    gone, stays = (ContentKey(Digest(xxhash.xxh3_128_digest(picture(number))), 0) for number in (0, 1))
+    for number, name in enumerate(("gone.jpg", "stays.jpg")):
+        bench.write(name, picture(number))
+    bench.wait_for(lambda: {gone, stays} <= describer._put_off.keys())
+    bench.unlink("gone.jpg")
+    bench.wait_for(lambda: gone not in describer._put_off)
+    assert stays in describer._put_off
+    monkeypatch.undo()
+
+
 def test_what_is_no_picture_never_waits(bench: Bench) -> None:
     """Settling has its first bytes in memory, and nobody opens it for them again."""
     bench.write("notes.jpg", b"no picture, whatever it is called" * 200)

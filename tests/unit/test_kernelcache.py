@@ -1,14 +1,17 @@
 """Which pages the kernel keeps: decided by real files and handles, without a kernel that has any."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dedupfs import kernelcache
+from dedupfs.backing import RENAME_EXCHANGE
 from dedupfs.kernelcache import KernelPages
 from dedupfs.openfiles import Handle, Key, OpenFiles
+from tests.support import syscalls
 
 
 class Files:
@@ -22,7 +25,7 @@ class Files:
         self.change("file")
 
     def open(self, name: str = "file", *, writes: bool = False) -> Handle:
-        fd = os.open(self._directory / name, os.O_RDONLY)
+        fd = os.open(self.path(name), os.O_RDONLY)
         handle = self._openfiles.register(Key.of(os.fstat(fd)), fd, writes=writes)
         handle.known_as = name.encode()
         return handle
@@ -38,13 +41,24 @@ class Files:
     def close(self, handle: Handle) -> None:
         self._openfiles.release(handle, lambda: None)
 
+    def path(self, name: str) -> Path:
+        return self._directory / name
+
     def change(self, name: str) -> None:
-        path, time = self._directory / name, next(self._times)
+        path, time = self.path(name), next(self._times)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.touch()
         os.utime(path, ns=(time, time))
 
     def link(self, name: str, new: str) -> None:
-        os.link(self._directory / name, self._directory / new)
+        os.link(self.path(name), self.path(new))
+
+    def rename(self, old: str, new: str, flags: int = 0) -> None:
+        source, target = self.path(old), self.path(new)
+        is_directory = source.is_dir() or target.is_dir()
+        syscalls.renameat2(os.fsencode(source), os.fsencode(target), flags)
+        moves = {old.encode(): new.encode()} | ({new.encode(): old.encode()} if flags else {})
+        self.pages.moved(moves, is_directory=is_directory)
 
     def finish(self) -> None:
         for handle in self._openfiles.handles():
@@ -98,6 +112,48 @@ def test_a_file_that_is_forgotten(files: Files) -> None:
     assert not files.may_stay()
     files.pages.forget(b"file")
     assert not files.may_stay()
+
+
+def test_pages_go_with_their_file(files: Files) -> None:
+    files.change("folder/inner/file")
+    files.change("folder besides")
+    for name in ("file", "folder/inner/file", "folder besides"):
+        assert not files.may_stay(name)
+    files.rename("file", "folder/file")
+    assert files.may_stay("folder/file")
+    files.rename("folder", "other")
+    assert all(map(files.may_stay, ["other/file", "other/inner/file", "folder besides"]))
+
+
+def test_pages_of_a_file_that_is_renamed_over(files: Files) -> None:
+    files.change("other")
+    assert not files.may_stay("other")
+    files.rename("file", "other")  # of which nothing is known
+    os.utime(files.path("other"), ns=(2, 2))  # as the one had it that is gone
+    assert not files.may_stay("other")
+
+
+def test_pages_of_files_that_change_places(files: Files) -> None:
+    files.change("folder/file")
+    for name in ("file", "folder/file"):
+        assert not files.may_stay(name)
+    files.rename("file", "folder", RENAME_EXCHANGE)
+    assert files.may_stay("folder")
+    assert files.may_stay("file/file")
+
+
+def test_nothing_is_left_of_what_moved_and_is_gone(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernelcache, "_MOST_FILES", 3)
+    files.change("kept")
+    assert not files.may_stay("kept")
+    for number in range(10):
+        folder = f"folder {number}"
+        files.change(f"{folder}/file")
+        files.may_stay(f"{folder}/file")
+        files.rename(folder, "moved")
+        files.pages.forget(b"moved/file")
+        shutil.rmtree(files.path("moved"))
+    assert files.may_stay("kept")
 
 
 def test_not_all_files_are_remembered(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
