@@ -298,7 +298,14 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def unlink(self, path: bytes) -> None:
         relative = _relative(path)
         self._pages.forget(relative)
-        st = self._vfs.unlink(relative)
+        try:
+            st = self._vfs.unlink(relative)
+        except FileNotFoundError:
+            # For one request libfuse hid a file and, as that is not open any more, removes it: it went with its last
+            # handle.
+            if self._hid.get(get_ident()) == (request(), relative.rpartition(b"/")[2]):
+                return
+            raise
         for other in self._names.gone(st, relative):
             self.session.invalidate(other)
 
