@@ -323,6 +323,39 @@ def test_what_cannot_be_written_waits(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert bench.blobs() == []
 
 
+def test_the_index_is_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as it can get, which ought never to be: apps go on, and what they delete makes room."""
+    monkeypatch.setattr("dedupfs.settle._RETRY_S", 0.05)
+    with monkeypatch.context() as small:
+        small.setattr("dedupfs.environment._MAP_BYTES", 1 << 20)
+        bench.reopen()
+    bench.expect_log("cannot be written")
+    names: list[str] = []
+    is_full = False
+    while not is_full:
+        names.append(f"{len(names)} of several")
+        bench.write(names[-1], content(names[-1]))
+        try:
+            if not len(names) % 50:
+                bench.settle()
+        except IndexDamaged:
+            is_full = True
+        assert len(names) < 10_000
+    bench.write("one more", DATA)
+    bench.rename("one more", names[0])
+    bench.write_at(names[1], b"CHANGED", 0)
+    assert bench.read(names[0]) == DATA
+    assert bench.read(names[1]) == b"CHANGED" + content(names[1])[7:]
+    for name in names[2:]:
+        assert bench.read(name) == content(name)
+        bench.unlink(name)
+    bench.settle()
+    assert bench.status()["files"] == 2
+    bench.write("again", DATA)
+    bench.settle()
+    assert bench.is_reference("again")
+
+
 def test_killed_while_the_index_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("one", "two"):
         bench.write(name, DATA)
