@@ -744,6 +744,24 @@ MUTATIONS = [
         4, ("tests/unit/test_kernelcache.py",),
     ),
     Mutation(
+        "another inode at a path drops the pages under a writer", "fusefs",
+        "        if not is_written:\n",
+        "        if True:\n",
+        4, ("tests/unit/test_kernelcache.py",),
+    ),
+    Mutation(
+        "what is known of pages stays behind when a directory is renamed", "kernelcache",
+        "            if is_directory:\n",
+        "            if False:\n",
+        4, ("tests/unit/test_kernelcache.py",),
+    ),
+    Mutation(
+        "what is known of pages is taken for that of the file that comes there", "kernelcache",
+        "for replaced in set(moves.values()) - moves.keys():",
+        "for replaced in ():",
+        4, ("tests/unit/test_kernelcache.py",),
+    ),
+    Mutation(
         "pages stay over what came past the mount", "fusefs",
         "fi.keep_cache = int(self._pages.may_stay(handle))",
         "fi.keep_cache = 1",

@@ -4,11 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dedupfs import kernelcache
-from dedupfs.backing import RENAME_EXCHANGE
+from dedupfs.backing import RENAME_EXCHANGE, Backing
+from dedupfs.fusefs import _Adapter
 from dedupfs.kernelcache import KernelPages
 from dedupfs.openfiles import Handle, Key, OpenFiles
 from tests.support import syscalls
@@ -19,14 +21,14 @@ class Files:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._openfiles = OpenFiles()
-        self.pages = KernelPages(self._openfiles)
+        self.openfiles = OpenFiles()
+        self.pages = KernelPages(self.openfiles)
         self._times = iter(range(1, 100))
         self.change("file")
 
     def open(self, name: str = "file", *, writes: bool = False) -> Handle:
         fd = os.open(self.path(name), os.O_RDONLY)
-        handle = self._openfiles.register(Key.of(os.fstat(fd)), fd, writes=writes)
+        handle = self.openfiles.register(Key.of(os.fstat(fd)), fd, writes=writes)
         handle.known_as = name.encode()
         return handle
 
@@ -39,7 +41,7 @@ class Files:
             self.close(handle)
 
     def close(self, handle: Handle) -> None:
-        self._openfiles.release(handle, lambda: None)
+        self.openfiles.release(handle, lambda: None)
 
     def path(self, name: str) -> Path:
         return self._directory / name
@@ -61,7 +63,7 @@ class Files:
         self.pages.moved(moves, is_directory=is_directory)
 
     def finish(self) -> None:
-        for handle in self._openfiles.handles():
+        for handle in self.openfiles.handles():
             self.close(handle)
 
 
@@ -106,6 +108,24 @@ def test_a_writer_by_another_name_has_other_pages(files: Files) -> None:
     files.change("file")
     assert not files.may_stay()
     files.close(writer)
+
+
+def test_another_inode_at_a_path_drops_no_page_under_a_writer(files: Files) -> None:
+    files.change("folder/file")
+    told: list[bytes] = []
+    backing = Backing(os.fsencode(files.path(".")))
+    adapter = SimpleNamespace(
+        _engine=SimpleNamespace(openfiles=files.openfiles, backing=backing),
+        session=SimpleNamespace(invalidate=told.append),
+    )
+    reader, writer = files.open("folder/file"), files.open("folder/file", writes=True)
+    _Adapter.replaced(adapter, b"folder/file")  # type: ignore[arg-type]
+    assert told == [b"folder"]
+    files.close(writer)
+    _Adapter.replaced(adapter, b"folder/file")  # type: ignore[arg-type]
+    assert told == [b"folder", b"folder/file", b"folder"]
+    files.close(reader)
+    backing.close()
 
 
 def test_a_file_that_is_forgotten(files: Files) -> None:
