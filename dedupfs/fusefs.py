@@ -495,7 +495,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
     def release(self, path: bytes | None, fip: Any) -> None:
         handle = self._handles.pop(fip.contents.fh)
         others = self._names.of(handle.inode.key, None) if self._names else []
-        if handle.writes and handle.inode.backing_file is None:
+        if handle.writes and handle.inode.backing_file is None and not self._vfs.is_unlinked(handle.known_as):
             self._pages.written(handle)
         self._io.release(handle)
         for name in others:  # one link less, if it was the last handle of a name that had been unlinked
