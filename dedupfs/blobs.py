@@ -177,7 +177,11 @@ class Blobs:
             for entry in self._backing.scandir(BLOBS + b"/" + os.fsencode(directory.name)):
                 content = parse_name(entry.name)
                 if content is not None and entry.name.startswith(directory.name):
-                    yield content, entry.stat(follow_symlinks=False)
+                    try:
+                        st = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue  # its last reference went while we looked
+                    yield content, st
 
 
 def parse_name(name: str) -> ContentKey | None:

@@ -142,6 +142,20 @@ def test_the_seal_takes_what_was_the_files(source: Path, blobs: Blobs) -> None:
     assert "user.comment" not in os.listxattr(path)
 
 
+def test_what_goes_while_it_is_listed_is_passed_over(source: Path, blobs: Blobs) -> None:
+    """As the last reference of a blob may, beside a scan."""
+    keys = {ContentKey(KEY.digest, number) for number in range(3)}
+    for key in keys:
+        (source / "file").write_bytes(b"content")
+        blobs.publish(b"file", key)
+        os.unlink(source / "file")
+    found = blobs.list()
+    keys.remove(next(found)[0])
+    for key in keys:
+        blobs.remove(key)
+    assert list(found) == []
+
+
 def test_strangers_are_passed_over(source: Path, blobs: Blobs) -> None:
     directory = source / ".dedupfs/blobs"
     (directory / "stray").write_bytes(b"")
