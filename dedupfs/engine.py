@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _NOT_DESCRIBING = "only a mount that is not read-only describes"
 _HISTORY_S = 3600.0
+_SCAN_AGAIN_S = 60.0  # after one that failed; doubled each time,
+_SCAN_AGAIN_AT_MOST_S = 3600.0  # up to this
 _HEALING_S = 600.0  # how long a scrub waits for a copy to be settled, which may be behind others
 
 
@@ -172,6 +174,7 @@ class Engine:
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None
+        self._scan_failed = threading.Event()  # and is not yet tried again
         self._historian: threading.Thread | None = None
         self._running = False
         self._closed = False
@@ -247,14 +250,22 @@ class Engine:
             self.settler.wait_until_loud()
             return self._stopping.is_set()
 
-        try:
-            self._scan(lambda phase, done, total: None, stopping)
-        except Stopped:
-            pass
-        except StoreError as error:
-            log.error("%s; the scan goes on after the next start", error)
-        except Exception:
-            log.exception("the scan failed; it goes on after the next start")
+        delay_s = _SCAN_AGAIN_S
+        while not self.settler.index_is_complete:  # somebody may have asked for a scan meanwhile
+            try:
+                self._scan(lambda phase, done, total: None, stopping)
+                return
+            except Stopped:
+                return
+            except StoreError as error:
+                log.error("%s; the scan is tried again in %.0f seconds", error, delay_s)
+            except Exception:
+                log.exception("the scan failed; it is tried again in %.0f seconds", delay_s)
+            self._scan_failed.set()
+            if self._stopping.wait(delay_s):
+                return
+            self._scan_failed.clear()
+            delay_s = min(2 * delay_s, _SCAN_AGAIN_AT_MOST_S)
 
     def close(self) -> None:
         """Stop everything, save what is pending, and leave the store clean if it is."""
@@ -323,7 +334,7 @@ class Engine:
         self.settler.wait_until_removed(RELEASE_S)
 
     def _is_idle(self) -> bool:
-        scanning = self._scanner is not None and self._scanner.is_alive()
+        scanning = self._scanner is not None and self._scanner.is_alive() and not self._scan_failed.is_set()
         return not scanning and (self._read_only or self.settler.wait_idle(0))
 
     def _work_off(self, progress: Progress) -> None:

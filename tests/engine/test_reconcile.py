@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import xxhash
@@ -11,9 +12,10 @@ import xxhash
 from dedupfs import readahead
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.engine import rebuild
+from dedupfs.errors import IndexDamaged
 from dedupfs.index import Batch
 from dedupfs.model import Digest
-from dedupfs.reconcile import Stopped
+from dedupfs.reconcile import Census, Reconciler, Stopped
 from tests.support.filesystems import remove_tree
 
 from .bench import BLOCK, PATIENCE_S, Bench, Meeting, Tampered, content, in_thread, silent
@@ -529,6 +531,50 @@ def test_a_new_index_gives_the_same_answers(bench: Bench, how: str) -> None:
     assert answers(bench) == before
     bench.scan()
     assert answers(bench) == before
+
+
+class Failing:
+    """A walk that fails as often as it is told, with one of two errors, and then is as ever."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+        self.left, self._run = times, Reconciler.run
+        monkeypatch.setattr(
+            Reconciler, "run", lambda reconciler, *args, **how: self._fail_or_run(reconciler, args, how)
+        )
+
+    def _fail_or_run(self, reconciler: Reconciler, args: Any, how: Any) -> Census:
+        self.left -= 1
+        if self.left >= 0:
+            raise RuntimeError("a bug") if self.left % 2 else IndexDamaged("the index cannot be written (disk full)")
+        return self._run(reconciler, *args, **how)
+
+
+def test_a_scan_that_fails_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    never_seen(bench)
+    bench.put("one", DATA)
+    bench.put("two", DATA)
+    monkeypatch.setattr("dedupfs.engine._SCAN_AGAIN_S", 0.01)
+    failing = Failing(monkeypatch, times=4)
+    bench.expect_log("is tried again in")
+    bench.open(start=True)
+    bench.wait_for(lambda: bench.engine.settler.index_is_complete)
+    assert failing.left == -1
+    bench.settle()
+    assert bench.refs("one") == bench.refs("two") == 2
+
+
+def test_nobody_waits_for_a_scan_that_is_to_be_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    never_seen(bench)
+    bench.put("one", DATA)
+    failing = Failing(monkeypatch, times=1)
+    bench.expect_log("is tried again in 60 seconds")
+    bench.open(start=True)
+    bench.settle()
+    assert failing.left == 0
+    assert bench.status()["files"] == 0
+    bench.scan()
+    assert bench.status()["files"] == 1
+    assert bench.engine.settler.index_is_complete
 
 
 def test_rebuilding_waits_for_nobody(bench: Bench) -> None:
