@@ -174,7 +174,8 @@ class Engine:
         self._stopping = threading.Event()
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None
-        self._scan_failed = threading.Event()  # and is not yet tried again
+        self._scan_rests = threading.Event()  # it failed, and is not yet tried again
+        self._scan_error = ""  # why it failed the last time
         self._historian: threading.Thread | None = None
         self._running = False
         self._closed = False
@@ -258,13 +259,15 @@ class Engine:
             except Stopped:
                 return
             except StoreError as error:
+                self._scan_error = str(error)
                 log.error("%s; the scan is tried again in %.0f seconds", error, delay_s)
-            except Exception:
+            except Exception as error:
+                self._scan_error = repr(error)
                 log.exception("the scan failed; it is tried again in %.0f seconds", delay_s)
-            self._scan_failed.set()
+            self._scan_rests.set()
             if self._stopping.wait(delay_s):
                 return
-            self._scan_failed.clear()
+            self._scan_rests.clear()
             delay_s = min(2 * delay_s, _SCAN_AGAIN_AT_MOST_S)
 
     def close(self) -> None:
@@ -334,7 +337,7 @@ class Engine:
         self.settler.wait_until_removed(RELEASE_S)
 
     def _is_idle(self) -> bool:
-        scanning = self._scanner is not None and self._scanner.is_alive() and not self._scan_failed.is_set()
+        scanning = self._scanner is not None and self._scanner.is_alive() and not self._scan_rests.is_set()
         return not scanning and (self._read_only or self.settler.wait_idle(0))
 
     def _work_off(self, progress: Progress) -> None:
@@ -446,7 +449,8 @@ class Engine:
 
     def health(self) -> Health:
         """Whether all is well, as far as a look tells."""
-        return look(self.backing, self.index, self.settler, damaged=len(self.damages()))
+        scan_error = "" if self.settler.index_is_complete else self._scan_error
+        return look(self.backing, self.index, self.settler, damaged=len(self.damages()), scan_error=scan_error)
 
     def describe(self) -> str:
         """What it is doing, in a few words."""

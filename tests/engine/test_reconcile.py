@@ -572,8 +572,10 @@ def test_nobody_waits_for_a_scan_that_is_to_be_tried_again(bench: Bench, monkeyp
     bench.settle()
     assert failing.left == 0
     assert bench.status()["files"] == 0
+    assert "disk full" in " ".join(problem.problem for problem in bench.engine.health().problems)
     bench.scan()
     assert bench.status()["files"] == 1
+    assert "disk full" not in " ".join(problem.problem for problem in bench.engine.health().problems)
     assert bench.engine.settler.index_is_complete
 
 
