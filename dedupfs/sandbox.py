@@ -3,14 +3,15 @@
 Called once, by a worker with one thread, before it touches anything it was sent. What is closed, and by what:
 
     files       a root directory that does not exist any more (chroot), and Landlock where the kernel has it
-    network     a network namespace with nothing in it; Landlock for TCP where there is no such namespace
+    network     a network namespace with nothing in it; a filter of system calls (seccomp) that lets no socket be made;
+                Landlock for TCP where there is neither
     rights      an unprivileged user where we were root, no capabilities, no_new_privs; not to be traced by others
     others      Landlock (Linux 6.12): no signals to processes outside
     means       address space, processor time, size of a file; lowest priority for processor and disk
-    processes   none can be started, by a filter of system calls (seccomp) that lets threads be, which decoders want;
-                where there is no such filter, by a limit, and there are no threads either
+    processes   none can be started, by the same filter, which lets threads be, for decoders want them; where there is
+                no such filter, by a limit, and there are no threads either
 
-Files and network have to be closed, by whichever of the two ways can be had; else `enter` refuses.
+Files and network have to be closed, by whichever of these ways can be had; else `enter` refuses.
 """
 
 import ctypes
@@ -64,8 +65,9 @@ _ALLOW, _FAIL = 0x7FFF0000, 0x00050000
 _X32_CALLS = 0x40000000
 _CLONE_THREAD = 0x00010000
 _SYS_CLONE3 = 435
-# architecture; clone; whatever else starts a process
-_STARTING = {"x86_64": (0xC000003E, 56, (57, 58)), "aarch64": (0xC00000B7, 220, ())}
+_SYS_IO_URING_SETUP = 425
+# architecture; clone; fork and vfork, where there are any, and socket
+_FILTERED = {"x86_64": (0xC000003E, 56, (57, 58, 41)), "aarch64": (0xC00000B7, 220, (198,))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,12 @@ def enter(limits: Limits) -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)  # after the change of user, which resets it
     landlock = _restrict()
+    filtered = _filter_calls(machine)
     if not rootless and landlock < 1:
         raise Unavailable("the kernel has neither Landlock nor user namespaces: files cannot be closed to a worker")
-    if not alone and landlock < _NETWORK_SINCE:
-        raise Unavailable("the kernel has neither network namespaces nor Landlock 4: the network cannot be closed")
-    if not _forbid_processes(machine):
+    if not (alone or filtered) and landlock < _NETWORK_SINCE:
+        raise Unavailable("no network namespace, no seccomp, no Landlock 4: the network cannot be closed to a worker")
+    if not filtered:
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     for what, most in (
         (resource.RLIMIT_AS, limits.address_space_bytes),
@@ -163,15 +166,16 @@ def _restrict() -> int:
     return version
 
 
-def _forbid_processes(machine: str) -> bool:
-    """Let every system call fail that starts a process, and let those be that start a thread. Whether that can be had.
+def _filter_calls(machine: str) -> bool:
+    """Let every system call fail that starts a process or makes a socket, and let those be that start a thread. Whether
+    that can be had.
 
     What clone3 would do lies in memory, where a filter cannot look: it is said not to exist, and the C library takes
-    clone.
+    clone. Of what is asked of an io_uring no filter hears: there is none.
     """
-    if machine not in _STARTING:
+    if machine not in _FILTERED:
         return False
-    architecture, clone, others = _STARTING[machine]
+    architecture, clone, others = _FILTERED[machine]
     refuse, unknown = _FAIL | errno.EPERM, _FAIL | errno.ENOSYS
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
@@ -183,7 +187,7 @@ def _forbid_processes(machine: str) -> bool:
         (_EQUAL, 0, 1, _SYS_CLONE3),
         (_RETURN, 0, 0, unknown),
     ]
-    for number in others:
+    for number in (*others, _SYS_IO_URING_SETUP):
         program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, refuse)]
     program += [
         (_EQUAL, 1, 0, clone),

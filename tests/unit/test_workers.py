@@ -27,6 +27,8 @@ _ATTEMPTS = """
 import ctypes, os, signal, socket, sys
 from dedupfs import sandbox
 outside, daemon = int(sys.argv[1]), int(sys.argv[2])
+if sys.argv[3] == "without namespaces":
+    sandbox._CLONE_NEWUSER = 0  # refused for want of rights, as where user namespaces are forbidden
 sandbox.enter(sandbox.Limits(1 << 30, 100))
 
 def connect(kind, address):
@@ -66,6 +68,9 @@ attempts = {
     "vfork": lambda: call(58 if os.uname().machine == "x86_64" else 435, 0, 0),
     "clone3": lambda: call(435, 0, 0),
     "udp": lambda: connect(socket.AF_INET, ("127.0.0.1", 9)),
+    "socket": socket.socket,
+    "unix socket": lambda: socket.socket(socket.AF_UNIX),
+    "io_uring": lambda: call(425, 1, ctypes.create_string_buffer(512)),
     "become root": lambda: os.setuid(0),
     "signal": lambda: os.kill(daemon, 0),
     "chroot": lambda: os.chroot("."),
@@ -112,8 +117,15 @@ def test_what_it_answers_is_the_description(workers: Workers) -> None:
     assert workers.started == 1
 
 
-@pytest.mark.parametrize("user", [pytest.param(None, id="root", marks=needs_root), pytest.param(USER, id="user")])
-def test_what_a_worker_can_do(user: int | None) -> None:
+@pytest.mark.parametrize(
+    ("user", "how"),
+    [
+        pytest.param(None, "", id="root", marks=needs_root),
+        pytest.param(USER, "", id="user"),
+        pytest.param(USER, "without namespaces", id="user-without-namespaces"),
+    ],
+)
+def test_what_a_worker_can_do(user: int | None, how: str) -> None:
     if os.geteuid() != 0:
         user = None
     python, where = sys.executable, {"PYTHONPATH": str(REPOSITORY)}
@@ -122,7 +134,7 @@ def test_what_a_worker_can_do(user: int | None) -> None:
     outside = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
     try:
         done = subprocess.run(
-            [python, "-c", _ATTEMPTS, str(outside), str(os.getpid())],
+            [python, "-c", _ATTEMPTS, str(outside), str(os.getpid()), how],
             env={**os.environ, **where},
             pass_fds=(outside,),
             capture_output=True,
