@@ -1,9 +1,20 @@
 """Acting as somebody else, in a process of its own."""
 
 import encodings.ascii  # noqa: F401 - loaded while Python's library can be read, which may lie in root's home
+import functools
 import os
+import tempfile
 import traceback
 from collections.abc import Callable
+
+import lmdb
+
+
+@functools.cache
+def _load_lmdb() -> None:
+    """The rest of it, which it loads when it is first used: while it can be read, as above."""
+    with tempfile.TemporaryDirectory() as directory:
+        lmdb.open(directory).close()
 
 
 def as_user(uid: int, action: Callable[[], None]) -> None:
@@ -12,6 +23,7 @@ def as_user(uid: int, action: Callable[[], None]) -> None:
     if os.geteuid() != 0:
         action()
         return
+    _load_lmdb()
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
