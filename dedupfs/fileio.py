@@ -299,7 +299,7 @@ class FileIo:
                     if forced_mode is not None:
                         os.fchmod(handle.own_fd, forced_mode)
                 inode.become_plain()
-            with self._gate.shared():
+            with self._gate.exclusive():  # or who removes it now may note that first
                 st = os.fstat(handle.own_fd)
                 if st.st_nlink:
                     self._settler.note(Restored(st, path, reference.content))
@@ -461,7 +461,8 @@ class FileIo:
         content = self._content_of(source)
         if content is None:
             return 0
-        with self._gate.shared():  # keeps the blob from being removed as the last reference to it goes
+        # Keeps the blob from being removed as the last reference to it goes, and the target from being renamed.
+        with self._gate.exclusive():
             try:
                 blob_fd = self._blobs.open(content, size_bytes)
             except (DamagedContent, OSError):
@@ -478,7 +479,6 @@ class FileIo:
                     return 0
                 inode.become_reference(reference, blob_fd)
                 inode.dirty, inode.stream = True, None
-            # Inside the gate nobody renames it: it has the path that the descriptor says.
             path = self._backing.path_of(target.own_fd) or path
             st = os.fstat(target.own_fd)
             self._settler.note(Shared(st, self._backing.link_of(path), path, FileState.REFERENCE, content))

@@ -77,7 +77,8 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A reference was made plain, and is to stay so: its content is known, it is not to be settled again."""
+    """A reference was made plain, and is to stay so: its content is known, it is not to be settled again. Noted inside
+    the exclusive gate, as above."""
 
     st: os.stat_result
     path: bytes

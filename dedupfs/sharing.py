@@ -107,7 +107,7 @@ class ReflinkSharing:
         return True
 
     def _note_shared(self, file: Settled, content: ContentKey) -> None:
-        with self._gate.shared():
+        with self._gate.exclusive():  # or who renames it now may note that first
             try:
                 st = self._backing.lstat(file.path)
             except FileNotFoundError:

@@ -18,10 +18,11 @@ from dedupfs import matching
 from dedupfs.backing import Backing
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.index import Batch
+from dedupfs.journal import Entry, Restored, Shared
 from dedupfs.model import Caller, ContentKey, Digest
 from dedupfs.openfiles import Watch
 
-from .bench import BLOCK, ME, Bench, Running, Tampered, content, few_bits
+from .bench import BLOCK, ME, Bench, Running, Tampered, content, few_bits, silent
 
 DATA = content("same", 3 * BLOCK + 100)
 OTHER = content("other", len(DATA))
@@ -211,6 +212,70 @@ def test_no_name_changes_while_a_path_gets_another_inode(bench: Bench, at: At, p
     bench.settle()
     assert not bench.below(name).exists()
     assert bench.read("elsewhere") == DATA
+
+
+class Noting:
+    """An app removes or renames a file when it is about to be noted what the file is. It has to wait until that is
+    done: the index believes what it hears last."""
+
+    def __init__(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: type[Shared | Restored], path: str, how: str
+    ) -> None:
+        self._bench, self._kind, self._note = bench, kind, bench.engine.settler.note
+        self._app = (lambda: bench.unlink(path)) if how == "unlink" else (lambda: bench.rename(path, "elsewhere"))
+        self._path, self._apps, self._early = os.fsencode(path), list[Running](), False
+        monkeypatch.setattr(bench.engine.settler, "note", self._come_and_note)
+        monkeypatch.setattr(bench.engine.sharing, "_note", self._come_and_note)
+
+    def _come_and_note(self, entry: Entry) -> None:
+        if isinstance(entry, self._kind) and entry.path == self._path and not self._apps:
+            self._apps.append(Running(self._app))
+            self._early = self._apps[0].ended(0.3)
+        self._note(entry)
+
+    def check(self) -> None:
+        """And fsck, at the end of the test, finds that the index says what the tree says."""
+        self._apps[0].join()
+        assert not self._early, "an app came between"
+        self._bench.settle()
+
+
+@pytest.mark.parametrize("bench", [("reflink", "xfs")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("who", ["known", "new"])
+@pytest.mark.parametrize("how", ["unlink", "rename"])
+def test_no_name_changes_while_it_is_noted_that_extents_are_shared(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, who: str, how: str
+) -> None:
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    noting = Noting(bench, monkeypatch, Shared, who, how)
+    bench.settle()
+    noting.check()
+
+
+@pytest.mark.parametrize("how", ["unlink", "rename"])
+def test_no_name_changes_while_it_is_noted_that_a_copy_refers(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    noting = Noting(bench, monkeypatch, Shared, "copy", how)
+    assert bench.copy("one", "copy") == len(DATA)
+    noting.check()
+
+
+@pytest.mark.parametrize("how", ["unlink", "rename"])
+def test_no_name_changes_while_it_is_noted_that_a_file_is_restored(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    for name in ("one", "two", "three"):
+        bench.write(name, DATA)
+    bench.settle()
+    noting = Noting(bench, monkeypatch, Restored, "one", how)
+    bench.engine.restore([b"one"], silent)
+    noting.check()
 
 
 def test_written_and_closed_again_while_it_waited(bench: Bench, at: At) -> None:

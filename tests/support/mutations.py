@@ -137,6 +137,24 @@ MUTATIONS = [
         4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
+        "a file is renamed while it is noted that its extents are shared", "sharing",
+        "        with self._gate.exclusive():  # or who renames it now may note that first\n",
+        "        with self._gate.shared():\n",
+        1, (_ENGINE + "test_last_looks.py",),
+    ),
+    Mutation(
+        "a copy is renamed while it is noted that it refers", "fileio",
+        "        with self._gate.exclusive():\n            try:\n                blob_fd",
+        "        with self._gate.shared():\n            try:\n                blob_fd",
+        1, (_ENGINE + "test_last_looks.py",),
+    ),
+    Mutation(
+        "a file is removed while it is noted that it was restored", "fileio",
+        "            with self._gate.exclusive():  # or who removes it now may note that first\n",
+        "            with self._gate.shared():\n",
+        1, (_ENGINE + "test_last_looks.py",),
+    ),
+    Mutation(
         "a reference is renamed unflushed where metadata keep no order", "sharing",
         "                self._backing.fsync(fd)\n        except BaseException:",
         "                pass\n        except BaseException:",
