@@ -556,8 +556,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a copy refers to a blob that is being removed", "fileio",
-        "        with self._gate.shared():  # keeps the blob",
-        "        with suppress():  # keeps the blob",
+        "        with self._gate.exclusive():\n            try:\n                blob_fd",
+        "        with suppress():\n            try:\n                blob_fd",
         4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
