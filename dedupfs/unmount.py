@@ -91,12 +91,16 @@ def beneath(mountpoint: str, act: Callable[[], Result]) -> Result:
     """What `act` answers, for which there are no dead mounts at `mountpoint`; for all others they are there still.
 
     It runs in a thread with a mount namespace of its own, in which other mounts of dead ones are detached. What it
-    mounts goes with the thread. Raises OSError (root), and what `act` raises.
+    mounts goes with the thread. Raises OSError (root), Unavailable, and what `act` raises.
     """
 
     def enter() -> Result:
         checked(_libc.unshare(_CLONE_NEWNS))
-        checked(_libc.mount(None, b"/", None, _MS_REC_PRIVATE, None))  # or everybody would lose what is detached here
+        if _libc.mount(None, b"/", None, _MS_REC_PRIVATE, None):  # or everybody would lose what is detached here
+            raise Unavailable(
+                f"a dead mount is at {mountpoint}, and where the root directory is no mount (in a chroot) it cannot be "
+                f"mounted over; stop what uses it, run dedupfs umount {mountpoint}, and mount again"
+            )
         detach_dead(mountpoint)
         return act()
 
@@ -106,7 +110,7 @@ def beneath(mountpoint: str, act: Callable[[], Result]) -> Result:
 
 def mount_over_dead(mountpoint: str, mount: Callable[[], int]) -> int:
     """What `mount` answers, 0 when it has mounted something at `mountpoint`: it lies over the dead mounts there then,
-    which cannot be mounted over otherwise. Raises OSError: root, Linux 5.2."""
+    which cannot be mounted over otherwise. Raises OSError (root, Linux 5.2), Unavailable."""
     path = os.fsencode(mountpoint)
 
     def mount_and_clone() -> tuple[int, int]:

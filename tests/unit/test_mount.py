@@ -10,9 +10,10 @@ import pytest
 
 from dedupfs import mount, unmount
 from dedupfs.engine import Engine
-from dedupfs.errors import SourceError, UsageError
+from dedupfs.errors import SourceError, Unavailable, UsageError
 from dedupfs.model import Progress
 from tests.support.mounted import REPOSITORY
+from tests.support.tools import needs_root
 
 
 class Recorder:
@@ -100,6 +101,17 @@ def test_a_rate_of_a_scrub(engine: Recorder, rate: float | None) -> None:
 def test_a_rate_that_makes_no_sense_is_refused(engine: Recorder, rate: object) -> None:
     with pytest.raises(UsageError):
         ask(engine, "scrub", rate=rate)
+
+
+@needs_root
+def test_where_the_root_directory_is_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's answer is the one of a chroot: no mount can be private and shared at once."""
+    monkeypatch.setattr(unmount, "_MS_REC_PRIVATE", unmount._MS_REC_PRIVATE | 1 << 20)
+    acted: list[str] = []
+    with pytest.raises(Unavailable) as caught:
+        unmount.beneath(str(tmp_path), lambda: acted.append("beneath"))
+    assert f"run dedupfs umount {tmp_path}" in str(caught.value)
+    assert acted == []
 
 
 _LOGGING = """
