@@ -58,6 +58,10 @@ _BINDING_FILESYSTEMS = frozenset({"ext3", "ext4"})
 # it was renamed into place is complete whenever the rename survived. Elsewhere each reference is fsynced first.
 _ORDERED_FILESYSTEMS = frozenset({"ext3", "ext4", "xfs"})
 
+# Filesystems in whose directories a name keeps its place when a rename gives it another inode (ext4_setent,
+# xfs_dir_replace).
+_REPLACING_FILESYSTEMS = frozenset({"ext4", "xfs"})
+
 # Filesystems that have nothing to say at close(2) that they had not said before, unlike those of a network.
 _SILENT_FILESYSTEMS = _ORDERED_FILESYSTEMS | {"btrfs", "f2fs", "tmpfs"}
 
@@ -150,6 +154,7 @@ class Backing:
         self.device = st.st_dev
         self.root_ino = Ino(st.st_ino)
         self.orders_metadata = self.filesystem in _ORDERED_FILESYSTEMS
+        self.replaces_in_place = self.filesystem in _REPLACING_FILESYSTEMS
         self.closes_silently = self.filesystem in _SILENT_FILESYSTEMS
         # Whether nobody can write to an immutable file through a mapping either.
         self.immutable_binds_mappings = self.filesystem in _BINDING_FILESYSTEMS

@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
 from .backing import RENAME_EXCHANGE, RENAME_NOREPLACE, Backing
@@ -146,7 +146,7 @@ class Vfs:
         since is not shown, what has been removed is left out, and attributes are those of now."""
         if not position:
             at_root = os.fstat(directory.fd).st_ino == self._backing.root_ino
-            found = map(os.fsencode, os.listdir(directory.fd))
+            found = map(os.fsencode, self._names_in(directory.fd))
             directory.names = [name for name in found if not (at_root and name == STORE_DIRECTORY)]
         for following in range(position + 1, len(directory.names) + 1):
             name = directory.names[following - 1]
@@ -159,6 +159,13 @@ class Vfs:
             except OSError:
                 pass  # damaged, say: it has a name all the same
             yield Entry(name, attributes, following)
+
+    def _names_in(self, fd: int) -> list[str]:
+        """A name whose inode is replaced goes to the end of its directory on btrfs, behind what a listing that has begun
+        will show. There no file comes to share meanwhile, and it begins now."""
+        with nullcontext() if self._backing.replaces_in_place else self._gate.shared():
+            os.lseek(fd, 0, os.SEEK_SET)
+            return os.listdir(fd)
 
     def statfs(self, path: bytes) -> os.statvfs_result:
         """Of the filesystem that `path` is on: another one may be mounted inside the source."""

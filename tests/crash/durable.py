@@ -102,13 +102,18 @@ class Promises:
         """`before`, `until`: lengths of the ledger's file; None: all of it."""
         self._paths: dict[str, _Path] = {}
         self._moves: list[tuple[str, str, Content]] = []
+        self._lines: list[str] = []  # of the ledger; behind those that were promised for sure, one that says so
         offset = 0
         with open(file, "rb") as lines:
             for line in lines:
                 offset += len(line)
                 if (until is not None and offset > until) or not line.endswith(b"\n"):
                     break
-                self._take(json.loads(line), promised=offset <= before)
+                promised = offset <= before
+                if not promised and offset - len(line) <= before:
+                    self._lines.append("-- the power goes --")
+                self._lines.append(line.decode().strip())
+                self._take(json.loads(line), promised=promised)
 
     def _take(self, words: dict[str, Any], *, promised: bool) -> None:
         path = words["path"]
@@ -133,6 +138,10 @@ class Promises:
 
     def certain_count(self) -> int:
         return sum(1 for known in self._paths.values() if known.certain is not None and not known.possible)
+
+    def tail(self, count: int = 40) -> str:
+        """What the app did last, to be told with what is wrong."""
+        return "\n".join(self._lines[-count:])
 
     def check(self, seen: Mapping[str, Seen], references: set[str], *, settled: bool) -> list[str]:
         """What is not as promised. `references`: the paths that are references in the backing directory. Times are

@@ -197,6 +197,8 @@ class Bench:
                         found = each.check(_tree(mounted.path(name)), own, settled=settled)
                         when = "settled" if settled else "mounted again"
                         problems += [f"{when}: {name}: {problem}" for problem in found]
+                        if found:
+                            problems.append(f"what {name} did last:\n{each.tail()}")
             except OSError as error:
                 problems.append(f"{error}\n{mounted.log()}")
             try:

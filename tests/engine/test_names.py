@@ -12,11 +12,13 @@ from dedupfs.digest import Checkpoint
 from dedupfs.model import ContentKey, Ino
 from dedupfs.openfiles import Key
 from dedupfs.sharing import ReflinkSharing, Settled
+from dedupfs.vfs import Directory
 
-from .bench import BLOCK, ME, Bench, Meeting, Tampered, content, in_thread
+from .bench import BLOCK, ME, Bench, Meeting, Running, Tampered, content, in_thread
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
+REFERENCES_ANYWHERE = [("reference", "ext4"), ("reference", "xfs"), ("reference", "btrfs")]
 
 
 @pytest.fixture
@@ -664,3 +666,49 @@ def test_many_changes_in_one_batch_take_linear_time(bench: Bench) -> None:
         bench.unlink(f"d/x{number}")
     bench.settle()
     assert bench.status()["files"] == 0
+
+
+# -- listing a directory in which files come to share, each another inode by the same name
+
+
+def listed(bench: Bench, directory: Directory) -> set[str]:
+    return {os.fsdecode(entry.name) for entry in bench.engine.vfs.readdir(directory, 0)}
+
+
+@pytest.mark.parametrize("bench", REFERENCES_ANYWHERE, indirect=True, ids="-".join)
+def test_what_came_to_share_since_a_directory_was_opened_is_listed(bench: Bench) -> None:
+    names = {f"file {number}" for number in range(20)}
+    for name in names:
+        bench.write(name, DATA)
+    directory = bench.engine.vfs.opendir(b"")
+    try:
+        bench.settle()
+        assert listed(bench, directory) == names
+        for name in names:
+            bench.rename(name, f"{name}, renamed")
+        assert listed(bench, directory) == {f"{name}, renamed" for name in names}
+    finally:
+        os.close(directory.fd)
+
+
+@pytest.mark.parametrize("bench", REFERENCES_ANYWHERE, indirect=True, ids="-".join)
+def test_what_comes_to_share_while_names_are_read_is_listed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {f"file {number}" for number in range(20)}
+    for name in names:
+        bench.write(name, DATA)
+    directory = bench.engine.vfs.opendir(b"")
+    listdir, settling = os.listdir, list[Running]()
+
+    def settle_and_list(fd: int) -> list[str]:
+        settling.append(Running(bench.settle))
+        settling[0].ended(0.3)  # where it may
+        return listdir(fd)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "listdir", settle_and_list)
+            assert listed(bench, directory) == names
+        settling[0].join()
+        assert all(map(bench.is_reference, names))
+    finally:
+        os.close(directory.fd)

@@ -155,6 +155,18 @@ MUTATIONS = [
         1, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
+        "files come to share while their names are listed", "vfs",
+        "        with nullcontext() if self._backing.replaces_in_place else self._gate.shared():\n",
+        "        with nullcontext():\n",
+        4, (_ENGINE + "test_names.py",),
+    ),
+    Mutation(
+        "a listing goes on where the one before it ended", "vfs",
+        "            os.lseek(fd, 0, os.SEEK_SET)\n",
+        "",
+        4, (_ENGINE + "test_names.py",),
+    ),
+    Mutation(
         "a reference is renamed unflushed where metadata keep no order", "sharing",
         "                self._backing.fsync(fd)\n        except BaseException:",
         "                pass\n        except BaseException:",
