@@ -161,8 +161,8 @@ class Vfs:
             yield Entry(name, attributes, following)
 
     def _names_in(self, fd: int) -> list[str]:
-        """A name whose inode is replaced goes to the end of its directory on btrfs, behind what a listing that has begun
-        will show. There no file comes to share meanwhile, and it begins now."""
+        """On btrfs a name whose inode is replaced goes to the end of its directory, behind what a listing shows that
+        has begun: there no file comes to share meanwhile, and it begins now."""
         with nullcontext() if self._backing.replaces_in_place else self._gate.shared():
             os.lseek(fd, 0, os.SEEK_SET)
             return os.listdir(fd)
