@@ -44,10 +44,11 @@ def test_a_reader_does_not_bring_back_what_a_write_replaces(mounts: Mounts) -> N
     path = mounts.new(THROUGH_US).start().path("file")
     old, new = bytes(PAGE), b"new!" * (PAGE // 4)
     path.write_bytes(old * 2)
+    os.utime(path, ns=(1, 1))
     with open(path, "r+b", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         fd = file.fileno()
         assert os.pread(fd, 2 * PAGE, 0) == old * 2
-        os.pwrite(fd, new, PAGE)  # so that the file has another time than the kernel knows
+        os.pwrite(fd, new, PAGE)  # the file has another time now than the kernel knows
         with frozen(mounts.filesystem.root):
             writing = pool.submit(os.pwrite, fd, new, 0)
             patience = time.monotonic() + PATIENCE_S
