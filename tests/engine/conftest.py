@@ -1,5 +1,9 @@
-"""The bench that every test of the engine works at."""
+"""The bench that every test of the engine works at.
 
+DEDUPFS_TEST_FILESYSTEM=btrfs (or xfs) puts it on another filesystem where a test does not ask for one.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,11 +13,13 @@ from tests.support.filesystems import FilesystemPool, Unsupported, remove_tree
 
 from .bench import Bench
 
+_FILESYSTEM = os.environ.get("DEDUPFS_TEST_FILESYSTEM", "ext4")
+
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, filesystem_pool: FilesystemPool) -> Iterator[Bench]:
     """A source, and an engine for it: references on ext4, unless parametrised with (strategy, filesystem)."""
-    strategy, kind = getattr(request, "param", ("reference", "ext4"))
+    strategy, kind = getattr(request, "param", ("reference", _FILESYSTEM))
     try:
         filesystem = filesystem_pool.get(kind)
     except Unsupported as problem:

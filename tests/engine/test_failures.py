@@ -477,6 +477,7 @@ def test_a_second_owner_is_refused(bench: Bench) -> None:
     bench.settle()
 
 
+@pytest.mark.parametrize("bench", [("reference", "ext4")], indirect=True, ids="-".join)
 def test_a_refused_strategy_leaves_the_store_as_it_was(bench: Bench) -> None:
     for name in ("one", "two"):
         bench.write(name, DATA)

@@ -18,6 +18,7 @@ from .bench import BLOCK, ME, Bench, Meeting, Running, Tampered, content, in_thr
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
+on_ext4 = pytest.mark.parametrize("bench", [("reference", "ext4")], indirect=True, ids="-".join)
 REFERENCES_ANYWHERE = [("reference", "ext4"), ("reference", "xfs"), ("reference", "btrfs")]
 
 
@@ -390,6 +391,7 @@ def _reuse(bench: Bench, ino: int, wanted: str, data: bytes) -> None:
         bench.unlink(name)
 
 
+@on_ext4
 @pytest.mark.parametrize("settled", [True, False])
 def test_an_inode_number_that_is_used_again(known: Bench, settled: bool) -> None:
     """ext4 gives the number of a file just removed to the next one: never its digest, its names, or its place."""
@@ -408,6 +410,7 @@ def test_an_inode_number_that_is_used_again(known: Bench, settled: bool) -> None
     assert [link.name for link in known.engine.index.links(Ino(ino))] == [b"young"]
 
 
+@on_ext4
 @pytest.mark.parametrize("then", ["nothing", "directory renamed", "file renamed"])
 def test_a_reference_that_uses_a_number_again(known: Bench, then: str) -> None:
     """Sharing makes an inode whose number was another file's a moment ago: what is still to be told of that one, and
@@ -476,6 +479,7 @@ def test_a_directory_removed_while_another_gets_its_number(known: Bench) -> None
     assert known.duplicates("known") == [f"d{number}/new"]
 
 
+@on_ext4
 def test_a_directorys_inode_number_that_is_used_again(known: Bench) -> None:
     known.mkdir("old")
     known.write("old/file", DATA)
