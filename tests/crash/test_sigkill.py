@@ -3,7 +3,8 @@
 Each round: mount, let the writers work for a moment, kill the daemon, mount again, and hold every file against what
 its writer was told: a call that had returned has happened, the one that the kill interrupted has happened or not, or
 half where it would be so on any filesystem. Some rounds go on at once on what the kill has left, others first let
-dedupfs put it in order and have fsck look. DEDUPFS_SEED repeats the choices; the instants of course differ.
+dedupfs put it in order and have fsck look. `DEDUPFS_KILLS` asks for so many on each filesystem; DEDUPFS_SEED repeats the
+choices, the instants of course differ.
 """
 
 import json
@@ -25,7 +26,8 @@ from tests.support.mounted import REPOSITORY, Mounted
 from .ledger import Ledger
 from .writers import PathApp
 
-# Enough on the filesystem that most have; some on each other way of sharing.
+KILLS = int(os.environ.get("DEDUPFS_KILLS", "0"))
+# Otherwise: enough on the filesystem that most have, some on each other way of sharing.
 ROUNDS = {("reference", "ext4"): 50, ("reference", "xfs"): 8, ("reflink", "xfs"): 12}
 WRITERS = ("upload", "field app", "scans")
 PHOTOGRAPHS = 12
@@ -95,10 +97,10 @@ def _fsck_is_clean(mounted: Mounted) -> None:
     assert report.findings == []
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 + 5 * KILLS)
 @pytest.mark.parametrize("mounts", ROUNDS, indirect=True, ids="-".join)
 def test_killed_while_writing(mounts: Mounts, writers: list[WriterProcess], rng: random.Random) -> None:
-    rounds = ROUNDS[mounts.strategy, mounts.filesystem.kind]
+    rounds = KILLS or ROUNDS[mounts.strategy, mounts.filesystem.kind]
     over_itself = (mounts.strategy, mounts.filesystem.kind) == ("reference", "xfs")  # one of them, for a change
     mounted = mounts.new(over_itself=over_itself).start()
     for name in WRITERS:
@@ -125,4 +127,5 @@ def test_killed_while_writing(mounts: Mounts, writers: list[WriterProcess], rng:
             mounted.unmount()
             _fsck_is_clean(mounted)
             mounted.start()
+    print(f"{rounds} kills, {calls} calls")
     assert calls > 100 * rounds, "the writers hardly came to write"

@@ -51,11 +51,15 @@ ANOTHER_USER = 54400
 # So far apart that any clock shows it.
 _TICK_S = 0.012
 
+# 2001: of a file whose times a user may not set they are told as they are.
+_MADE_S = 10**9
+
 CONTENT = random.Random(30).randbytes(20_000)
 
 
-def populate(place: Path, owner: int) -> None:
-    """What every case finds: files of one content (which will be shared), and one of everything else."""
+def populate(place: Path, owner: int, *, for_group: bool = False) -> None:
+    """What every case finds: files of one content (which will be shared), and one of everything else. `for_group`: the
+    owner's group may do what he may."""
     place.mkdir()
 
     def make(name: str, mode: int, user: int = owner, group: int = owner, content: bytes = CONTENT) -> None:
@@ -63,6 +67,7 @@ def populate(place: Path, owner: int) -> None:
         path.write_bytes(content)
         os.chown(path, user, group)
         os.chmod(path, mode)
+        os.utime(path, (_MADE_S, _MADE_S))
 
     def make_directory(name: str, mode: int, user: int = owner, group: int = owner) -> None:
         path = place / name
@@ -99,6 +104,10 @@ def populate(place: Path, owner: int) -> None:
     os.mkfifo(place / "fifo", 0o644)
     os.chown(place / "fifo", owner, owner)
     os.chown(place, owner, owner)
+    for path in (place, *place.rglob("*")) if for_group else ():
+        st = path.lstat()
+        if st.st_uid == owner and not stat.S_ISLNK(st.st_mode):
+            path.chmod(stat.S_IMODE(st.st_mode) | (st.st_mode & 0o700) >> 3)
 
 
 # --- how calls are written down
@@ -1393,7 +1402,7 @@ def the_filesystem(place: Place) -> None:
 def _as_user(user: int) -> Iterator[None]:
     """For the rest of the process: there is no way back."""
     if user:
-        os.setgroups([user, OTHER_GROUP])
+        os.setgroups([user, OTHER_GROUP if user == USER else USER])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     yield
