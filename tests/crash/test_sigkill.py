@@ -3,8 +3,8 @@
 Each round: mount, let the writers work for a moment, kill the daemon, mount again, and hold every file against what
 its writer was told: a call that had returned has happened, the one that the kill interrupted has happened or not, or
 half where it would be so on any filesystem. Some rounds go on at once on what the kill has left, others first let
-dedupfs put it in order and have fsck look. `DEDUPFS_KILLS` asks for so many on each filesystem; DEDUPFS_SEED repeats the
-choices, the instants of course differ.
+dedupfs put it in order and have fsck look. `DEDUPFS_KILLS` asks for so many on each filesystem; DEDUPFS_SEED repeats
+the choices, the instants of course differ.
 """
 
 import json
