@@ -51,8 +51,8 @@ class Health:
 
 
 def look(backing: Backing, index: Index, settler: Settler, *, damaged: int, scan_error: str) -> Health:
-    """`damaged`: how much a scrub found that nobody has put right; `scan_error`: why the first scan has not ended, ""
-    where it has or is under way."""
+    """`damaged`: how much a scrub found that nobody has put right; `scan_error`: why the first scan failed the
+    last time, "" where it did not, or has come to its end since."""
     st = backing.statvfs(b"")
     size_bytes, free_bytes = st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize
     problems = []

@@ -37,8 +37,9 @@ class Orphans:
             else:
                 set_aside(self._backing, path)
 
-    def path(self, name: bytes) -> bytes | None:
-        """Where the orphan of this name is, None when there is none."""
+    def path(self, path: bytes) -> bytes | None:
+        """Where the orphan is that has the last part of this path for its name, None when there is none."""
+        name = path.rpartition(b"/")[2]
         return ORPHANS + b"/" + name if name in self._keys else None
 
     def count(self, key: Key) -> int:

@@ -96,11 +96,15 @@ def beneath(mountpoint: str, act: Callable[[], Result]) -> Result:
 
     def enter() -> Result:
         checked(_libc.unshare(_CLONE_NEWNS))
-        if _libc.mount(None, b"/", None, _MS_REC_PRIVATE, None):  # or everybody would lose what is detached here
+        try:
+            checked(_libc.mount(None, b"/", None, _MS_REC_PRIVATE, None))  # or everybody would lose what is detached
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
             raise Unavailable(
                 f"a dead mount is at {mountpoint}, and where the root directory is no mount (in a chroot) it cannot be "
                 f"mounted over; stop what uses it, run dedupfs umount {mountpoint}, and mount again"
-            )
+            ) from None
         detach_dead(mountpoint)
         return act()
 

@@ -86,7 +86,7 @@ class Vfs:
         """The backing path. Raises ENOENT for the store; an open file that was unlinked is among the orphans."""
         if path.startswith(STORE_DIRECTORY) and path[len(STORE_DIRECTORY) :][:1] in (b"", b"/"):
             raise _errno(errno.ENOENT)
-        return self._orphans.path(path.rpartition(b"/")[2]) or path
+        return self._orphans.path(path) or path
 
     def _resolve_new(self, path: bytes) -> bytes:
         """The backing path of a name that is to be made."""
@@ -119,7 +119,7 @@ class Vfs:
 
     def is_unlinked(self, path: bytes) -> bool:
         """Whether a path is what libfuse calls an open file that was unlinked."""
-        return self._orphans.path(path.rpartition(b"/")[2]) is not None
+        return self._orphans.path(path) is not None
 
     def names_hidden(self, handle: Handle) -> int:
         """How many of an open file's links nobody sees, since they were unlinked."""
