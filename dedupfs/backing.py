@@ -184,8 +184,10 @@ class Backing:
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
-    def lstat(self, path: bytes) -> os.stat_result:
-        return os.stat(path or b".", dir_fd=self.root_fd, follow_symlinks=False)
+    def lstat(self, path: bytes, directory_fd: int | None = None) -> os.stat_result:
+        """`path` is relative to `directory_fd`, or to the source."""
+        beneath = self.root_fd if directory_fd is None else directory_fd
+        return os.stat(path or b".", dir_fd=beneath, follow_symlinks=False)
 
     def open(self, path: bytes, flags: int, mode: int = 0o600) -> int:
         """A descriptor; a symbolic link in the last place is never followed."""

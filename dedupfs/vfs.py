@@ -98,8 +98,7 @@ class Vfs:
 
     def getattr(self, path: bytes) -> Attributes:
         resolved = self._resolve(path)
-        st = self._backing.lstat(resolved)
-        found = self._attributes(st, resolved)
+        found = self._attributes(self._stat(resolved), resolved)
         if not resolved and found.nlink > 2:
             found = found._replace(nlink=found.nlink - 1)  # the store is not seen
         hidden = self._orphans.count(Key.of(found.st))
@@ -124,6 +123,15 @@ class Vfs:
     def names_hidden(self, handle: Handle) -> int:
         """How many of an open file's links nobody sees, since they were unlinked."""
         return self._orphans.count(handle.inode.key)
+
+    def _stat(self, path: bytes, directory_fd: int | None = None) -> os.stat_result:
+        """lstat(2). While a file becomes a reference, its directory has a time that is not its own: the kernel would
+        keep that."""
+        st = self._backing.lstat(path, directory_fd)
+        if not stat.S_ISDIR(st.st_mode):
+            return st
+        with self._gate.shared():
+            return self._backing.lstat(path, directory_fd)
 
     def _attributes(self, st: os.stat_result, path: bytes, directory_fd: int | None = None) -> Attributes:
         """What to report of an inode: of a reference the blocks of its content, so that nobody takes it for a file of
@@ -152,8 +160,7 @@ class Vfs:
             name = directory.names[following - 1]
             attributes = None
             try:
-                st = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
-                attributes = self._attributes(st, name, directory.fd)
+                attributes = self._attributes(self._stat(name, directory.fd), name, directory.fd)
             except FileNotFoundError:
                 continue
             except OSError:

@@ -6,6 +6,7 @@ What comes is made to come at a named system call, so that nothing depends on ti
 import errno
 import os
 import stat
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from dedupfs.journal import Entry, Restored, Shared
 from dedupfs.model import Caller, ContentKey, Digest
 from dedupfs.openfiles import Watch
 
-from .bench import BLOCK, ME, Bench, Running, Tampered, content, few_bits, silent
+from .bench import BLOCK, ME, PATIENCE_S, Bench, Running, Tampered, content, few_bits, silent
 
 DATA = content("same", 3 * BLOCK + 100)
 OTHER = content("other", len(DATA))
@@ -390,6 +391,46 @@ def test_a_file_that_could_not_be_replaced_is_no_blob(bench: Bench, at: At, call
     assert bench.blobs() == []
     assert bench.inside("staging") == []
     assert bench.read("known") == bench.read("new") == DATA
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["asked for", "listed"])
+def test_nobody_sees_that_a_directory_changes_as_a_file_in_it_is_shared(bench: Bench, at: At, listed: bool) -> None:
+    """The kernel would keep what it is told in between, and rsync take the directory for changed."""
+    bench.mkdir("folder")
+    for name in ("folder/known", "folder/new"):
+        bench.write(name, DATA)
+    before = 10**18
+    os.utime(bench.below("folder"), ns=(before, before))
+    times: list[int] = []
+    vfs, looked = bench.engine.vfs, threading.Event()
+
+    def look() -> None:
+        if not listed:
+            times.append(vfs.getattr(b"folder").st.st_mtime_ns)
+            return
+        top = vfs.opendir(b"")
+        entries = {entry.name: entry.attributes for entry in vfs.readdir(top, 0)}
+        os.close(top.fd)
+        attributes = entries[b"folder"]
+        assert attributes is not None
+        times.append(attributes.st.st_mtime_ns)
+
+    running: list[Running] = []
+
+    def meanwhile() -> None:
+        assert bench.below("folder").stat().st_mtime_ns != before
+        at.after = notice
+        running.append(Running(look))
+        assert looked.wait(PATIENCE_S)
+
+    def notice(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "lstat" and arguments[0] == b"folder":
+            looked.set()
+
+    at.do(meanwhile, name="set_mtime")
+    bench.settle()
+    running[0].join()
+    assert times == [before]
 
 
 def test_a_blob_that_is_somebodys_file_as_well_gets_no_new_references(bench: Bench) -> None:
