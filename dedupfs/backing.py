@@ -76,8 +76,10 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 # open_tree(2), mount_setattr(2): the same numbers on every architecture
 _SYS_OPEN_TREE = 428
 _SYS_MOUNT_SETATTR = 442
-_WHOLE_TREE = 0x8000 | 0x1000  # AT_RECURSIVE | AT_EMPTY_PATH
+_AT_EMPTY_PATH = 0x1000
+_WHOLE_TREE = 0x8000 | _AT_EMPTY_PATH  # AT_RECURSIVE
 _CLONE_TREE = 1 | os.O_CLOEXEC | _WHOLE_TREE
+_CLONE_MOUNT = 1 | os.O_CLOEXEC | _AT_EMPTY_PATH
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # to set, to clear, propagation, user namespace
 _MOUNT_ATTR_NOATIME = 0x10
 _MOUNT_ATTR__ATIME = 0x70
@@ -116,9 +118,28 @@ def filesystem_type(device: int) -> str:
 def _filesystem_of(fd: int) -> str:
     """The same for an open file, by the mount that it was reached through: btrfs answers stat with device numbers of
     its own, which are not in the table."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
-        wanted = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+    wanted = _mount_of(fd)
     return next((kind for mount_id, _, kind in _mounts() if mount_id == wanted), "")
+
+
+def _mount_of(fd: int) -> str:
+    """The id of the mount that an open file was reached through."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as lines:
+        return next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+
+
+def _files_beneath(path: bytes, root_fd: int) -> Iterator[tuple[bytes, int]]:
+    """The name of each file at or below a path, and its open directory. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    if not stat.S_ISDIR(os.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode):
+        yield path, root_fd
+        return
+    for _, _, names, directory_fd in os.fwalk(path, onerror=fail, dir_fd=root_fd):
+        for name in names:
+            yield name, directory_fd
 
 
 def _clock_ns() -> int:
@@ -350,6 +371,32 @@ class Backing:
                 return None
             raise
         return decode_reference(value)
+
+    def covered_references(self, path: bytes) -> Iterator[Reference]:
+        """Those at and below `path` that a mount there hides; where none is, none.
+
+        Raises StoreError for one we cannot read, and OSError where it cannot be seen what is hidden: root, Linux 5.2.
+        """
+        try:
+            fd = self.open(path, os.O_PATH)
+        except FileNotFoundError:
+            return
+        try:
+            if _mount_of(fd) == _mount_of(self.root_fd):
+                return
+        finally:
+            os.close(fd)
+        try:
+            bare = checked(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_MOUNT))
+        except OSError as error:
+            raise OSError(error.errno, f"what the mount there hides cannot be seen ({error.strerror})") from None
+        try:
+            for name, directory_fd in _files_beneath(path, bare):
+                reference = self.read_reference(name, directory_fd)
+                if reference is not None:
+                    yield reference
+        finally:
+            os.close(bare)
 
     def fread_reference(self, fd: int) -> Reference | None:
         try:

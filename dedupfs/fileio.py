@@ -273,16 +273,7 @@ class FileIo:
         The number of bytes brought back; None when it was no reference. Raises OSError, DamagedContent, with the
         reference as it was.
         """
-        key = Key.of(self._backing.lstat(path))
-        with self._openfiles.writing_intent(key), self._gate.shared():
-            forced_mode = None
-            try:
-                handle = self._register(path, os.O_RDWR)
-            except PermissionError:
-                # An ordinary user's own file that he made read-only: writable for as long as this takes.
-                forced_mode = stat.S_IMODE(self._backing.lstat(path).st_mode)
-                self._backing.chmod(path, forced_mode | stat.S_IRUSR | stat.S_IWUSR)
-                handle = self._register(path, os.O_RDWR)
+        handle, forced_mode = self._open_to_restore(path)
         try:
             inode = handle.inode
             with inode.lock:
@@ -302,10 +293,27 @@ class FileIo:
             with self._gate.exclusive():  # or who removes it now may note that first
                 st = os.fstat(handle.own_fd)
                 if st.st_nlink:
-                    self._settler.note(Restored(st, path, reference.content))
+                    self._settler.note(Restored(st, reference.content))
             return reference.size_bytes
         finally:
             self.release(handle)
+
+    def _open_to_restore(self, path: bytes) -> tuple[Handle, int | None]:
+        """A handle that writes, and the mode that the file is to have again, if it had to be changed for that."""
+        while True:
+            key = Key.of(self._backing.lstat(path))
+            # No app puts another file at the path, which would keep the mode of this one.
+            with self._openfiles.writing_intent(key), self._gate.exclusive():
+                st = self._backing.lstat(path)
+                if Key.of(st) != key:
+                    continue
+                try:
+                    return self._register(path, os.O_RDWR), None
+                except PermissionError:
+                    # An ordinary user's own file that he made read-only: writable for as long as this takes.
+                    mode = stat.S_IMODE(st.st_mode)
+                    self._backing.chmod(path, mode | stat.S_IRUSR | stat.S_IWUSR)
+                    return self._register(path, os.O_RDWR), mode
 
     def truncate(self, handle: Handle, size_bytes: int, caller: Caller) -> None:
         inode = handle.inode

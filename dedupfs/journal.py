@@ -81,7 +81,6 @@ class Restored:
     the exclusive gate, as above."""
 
     st: os.stat_result
-    path: bytes
     content: ContentKey
 
 
@@ -150,7 +149,7 @@ class Recording:
                 self._retouch(batch, ino, path)
             case Found(ino, path):
                 self._add_name(batch, ino, path)
-            case Restored(st, path, content):
+            case Restored(st, content):
                 batch.put_file(Ino(st.st_ino), FileRecord(Stamp.of(st), FileState.PLAIN, content))
             case Shared(st, link, path, state, content, replaced):
                 self.put(batch, link, path, st, state, content)

@@ -173,7 +173,7 @@ class Matcher:
                     self._backing.fremove_reference(file.fd)
             return False
         if reference.materialising and self._blobs.usable(reference.content):
-            self._references.undo_copy(file.path, reference)
+            self._references.undo_copy(file.fd, reference)
             st = os.fstat(file.fd)
             self._on_replaced(file.path)  # it had another time, perhaps another length
         self._recording.put(batch, file.link, file.path, st, FileState.REFERENCE, reference.content)

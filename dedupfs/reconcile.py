@@ -8,6 +8,7 @@ Before the first of these, files that may have a duplicate are settled, large on
 is saved first, and so that two equal files are compared while their bytes are in memory.
 """
 
+import errno
 import itertools
 import logging
 import os
@@ -56,10 +57,19 @@ class Census:
     unreadable: int = 0
     unreadable_paths: list[tuple[_Path, str]] = field(default_factory=list)  # the first ones, and why
 
-    def refuse(self, path: _Path, error: OSError) -> None:
+    def refuse(self, path: _Path, error: OSError | StoreError) -> None:
         self.unreadable += 1
         if len(self.unreadable_paths) < _SHOWN_UNREADABLE:
-            self.unreadable_paths.append((path, error.strerror or str(error)))
+            self.unreadable_paths.append((path, _reason(error)))
+
+    def add_unreadable(self, other: "Census") -> None:
+        """What another walk could not look at."""
+        self.unreadable += other.unreadable
+        self.unreadable_paths += other.unreadable_paths[: _SHOWN_UNREADABLE - len(self.unreadable_paths)]
+
+
+def _reason(error: OSError | StoreError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def walk(
@@ -86,6 +96,8 @@ def walk(
                     census.refuse(path, error)
                     log.warning("cannot look at %s: %s", os.fsdecode(path), error.strerror)
                     continue
+                if (st.st_dev, st.st_ino) != (backing.device, entry.inode()):
+                    _look_beneath(backing, path, census)  # the directory has another inode there than is seen
                 if stat.S_ISDIR(st.st_mode):
                     if st.st_dev == backing.device:
                         waiting.append(path)
@@ -97,6 +109,18 @@ def walk(
         except OSError as error:
             census.refuse(directory, error)
             log.warning("cannot list %s: %s", os.fsdecode(directory), error.strerror)
+
+
+def _look_beneath(backing: Backing, path: bytes, census: Census) -> None:
+    """What is mounted there may hide references, whose blobs are not to be taken for unneeded."""
+    blobs = Blobs(backing)
+    try:
+        if not any(blobs.stat(reference.content) for reference in backing.covered_references(path)):
+            return
+        raise OSError(errno.EBUSY, "what is mounted there hides references; unmount it")
+    except (OSError, StoreError) as error:
+        census.refuse(path, error)
+        log.warning("cannot look at %s: %s", os.fsdecode(path), _reason(error))
 
 
 class Reconciler:
@@ -126,8 +150,11 @@ class Reconciler:
                 settle()
                 if stopping():
                     raise Stopped
-                self._drop_records_of_missing_files(stopping)
-                if self._offer_uncounted_references(stopping):
+                # What is in a directory that the disk does not give back, or that its owner has closed, is not gone:
+                # the blobs of its references are to be there when it is open again.
+                if not census.unreadable:
+                    self._drop_records_of_missing_files(census, stopping)
+                if not census.unreadable and self._offer_uncounted_references(census, stopping):
                     tops = []
                     continue
                 with self._settler.quiet():
@@ -167,7 +194,15 @@ class Reconciler:
             settle()
 
     def _files(self, stopping: Callable[[], bool]) -> Iterator[tuple[bytes, os.stat_result]]:
-        return ((path, st) for path, st in walk(self._backing, Census(), stopping) if stat.S_ISREG(st.st_mode))
+        return self._files_again(Census(), stopping)
+
+    def _files_again(self, census: Census, stopping: Callable[[], bool]) -> Iterator[tuple[bytes, os.stat_result]]:
+        """Every file there is now; what could not be looked at is added to the census."""
+        again = Census()
+        for path, st in walk(self._backing, again, stopping):
+            if stat.S_ISREG(st.st_mode):
+                yield path, st
+        census.add_unreadable(again)
 
     def _walk_and_look(
         self,
@@ -199,62 +234,68 @@ class Reconciler:
         if st.st_nlink > 1 or (record is not None and path not in self._index.paths(ino, self._backing.root_ino)):
             self._settler.note(Found(ino, path))
 
-    def _drop_records_of_missing_files(self, stopping: Callable[[], bool]) -> None:
+    def _drop_records_of_missing_files(self, census: Census, stopping: Callable[[], bool]) -> None:
         missing: set[Ino] = set()
         after = Ino(-1)
         while chunk := self._index.all_files(after, _CHUNK):
             if stopping():
                 raise Stopped
-            missing.update(ino for ino, _ in chunk if not self._is_at_a_path(ino))
+            missing.update(ino for ino, _ in chunk if not self._may_be_at_a_path(ino))
             after = chunk[-1][0]
         # Somebody who moves files behind our back can hide one from a walk; hardly from two.
-        for path, st in self._files(stopping) if missing else ():
+        for path, st in self._files_again(census, stopping) if missing else ():
             if st.st_ino in missing:
                 missing.discard(Ino(st.st_ino))
                 self._look(path, st, Census())
                 self._settler.note(Found(Ino(st.st_ino), path))
-        for ino in missing:
+        for ino in missing if not census.unreadable else ():
             with self._settler.quiet():
-                gone = not self._is_at_a_path(ino)
+                gone = not self._may_be_at_a_path(ino)
             if gone:
                 self._settler.note(Unnamed(ino, Link(Ino(0), b"?"), gone=True))
 
-    def _offer_uncounted_references(self, stopping: Callable[[], bool]) -> bool:
+    def _offer_uncounted_references(self, census: Census, stopping: Callable[[], bool]) -> bool:
         """The last look before blobs may go: is every reference in the index? A photograph is at stake, so this trusts
         nothing that came before. Answers whether there was one that is not, which is then offered."""
-        suspects = [
-            (path, st) for path, st in walk(self._backing, Census(), stopping) if not self._is_counted(path, st)
-        ]
+        again = self._files_again(census, stopping)
+        suspects = [(path, st) for path, st in again if not self._is_counted(path, st, census)]
         if not suspects:
             return False
         found = False
         with self._settler.quiet():  # what apps and the settler did meanwhile is in the index now
             for path, st in suspects:
-                if not self._is_counted(path, st):
+                if not self._is_counted(path, st, census):
                     self._settler.offer(Ino(st.st_ino), path, just_seen=True)
                     found = True
         return found
 
-    def _is_counted(self, path: bytes, st: os.stat_result) -> bool:
-        """Whether a file is no reference, or the index knows which one it is."""
+    def _is_counted(self, path: bytes, st: os.stat_result, census: Census) -> bool:
+        """Whether a file is no reference, or the index knows which one it is; or that cannot be told."""
         if not self._backing.may_be_reference(st):
             return True
+        record = self._index.file(Ino(st.st_ino))
         try:
             reference = self._backing.read_reference(path)
-        except (OSError, StoreError):
-            return True  # gone, or counted as a failure when it was looked at
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except (OSError, StoreError) as error:
+            if record is None or record.state is not FileState.REFERENCE:
+                census.refuse(path, error)
+            return True
         if reference is None or not self._blobs.usable(reference.content):
             return True
-        record = self._index.file(Ino(st.st_ino))
         return record is not None and record.state is FileState.REFERENCE and record.content == reference.content
 
-    def _is_at_a_path(self, ino: Ino) -> bool:
+    def _may_be_at_a_path(self, ino: Ino) -> bool:
+        """Whether an inode is at a path of its, or that cannot be told."""
         for path in self._index.paths(ino, self._backing.root_ino):
             try:
                 if self._backing.lstat(path).st_ino == ino:
                     return True
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
+            except OSError:
+                return True
         return False
 
     def _look_at_blobs(self) -> None:

@@ -62,6 +62,7 @@ def _always_loud() -> str:
 class _Pending:
     path: bytes
     digest: Digest | None = None  # computed while the file was written
+    is_offered: bool = False  # by a scan or a name: it may be a reference that is not counted
 
 
 class Settler:
@@ -182,7 +183,7 @@ class Settler:
             if just_seen:
                 self._backlog.pop(ino, None)
             if ino not in self._fresh:
-                self._backlog.setdefault(ino, _Pending(path))
+                self._backlog.setdefault(ino, _Pending(path, is_offered=True))
                 self._readahead.add(ino, path)
             self._condition.notify_all()
 
@@ -573,7 +574,8 @@ class Settler:
 
     def _again(self, ino: Ino, item: _Pending) -> None:
         with self._condition:
-            self._fresh.setdefault(ino, _Pending(item.path))
+            queue = self._backlog if item.is_offered else self._fresh
+            queue.setdefault(ino, _Pending(item.path, is_offered=item.is_offered))
 
     def _commit(self, batch: Batch) -> None:
         """Write a batch. Beside a mount, as often as it takes: while the disk is full, say, it waits in memory."""

@@ -334,13 +334,16 @@ class ReferenceSharing:
             abandon(self._backing, fd, marked)
             raise
 
-    def undo_copy(self, path: bytes, reference: Reference) -> None:
-        """`abandon`, for a file that nobody has open for writing: what a crash while materialising left."""
-        fd = self._backing.open(path, os.O_RDWR)
+    def undo_copy(self, fd: int, reference: Reference) -> None:
+        """`abandon`, for a file that nobody has open for writing: what a crash while materialising left.
+
+        By a descriptor, which is open for reading: an app may put another file at the path just now.
+        """
+        writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            abandon(self._backing, fd, reference)
+            abandon(self._backing, writable, reference)
         finally:
-            os.close(fd)
+            os.close(writable)
 
     def discard(self, fd: int) -> None:
         """Make a reference an empty plain file. First the size: the other way round a crash leaves a file of zeros."""

@@ -72,6 +72,31 @@ def test_the_life_of_a_file(run: Run) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("how", ["scan", "fsck"])
+def test_what_cannot_be_looked_at_is_not_gone(run: Run, how: str) -> None:
+    """The owner closes a directory for a while, and the references in it are the only ones there are."""
+
+    def test(bench: Bench) -> None:
+        bench.mkdir("folder")
+        share(bench, "folder/one", "folder/two")
+        bench.engine.vfs.chmod(b"folder", None, 0)
+        bench.settle()
+        bench.expect_log("cannot list", "could not look at everything")
+        if how == "scan":
+            bench.scan()
+        else:
+            bench.close()
+            assert "readable" in bench.checks(repair=True)
+            bench.open()
+        assert len(bench.blobs()) == 1
+        bench.engine.vfs.chmod(b"folder", None, 0o755)
+        assert bench.read("folder/one") == DATA
+        bench.scan()
+        assert bench.engine.settler.index_is_complete
+
+    run(test)
+
+
 @pytest.mark.parametrize("mode", [0o444, 0o400, 0o555])
 def test_restoring_what_may_not_be_written(run: Run, mode: int) -> None:
     """The owner may not write to it; it is to be a plain file all the same, with the mode it had."""

@@ -229,7 +229,8 @@ class Noting:
         monkeypatch.setattr(bench.engine.sharing, "_note", self._come_and_note)
 
     def _come_and_note(self, entry: Entry) -> None:
-        if isinstance(entry, self._kind) and entry.path == self._path and not self._apps:
+        is_of_it = not isinstance(entry, Shared) or entry.path == self._path
+        if isinstance(entry, self._kind) and is_of_it and not self._apps:
             self._apps.append(Running(self._app))
             self._early = self._apps[0].ended(0.3)
         self._note(entry)

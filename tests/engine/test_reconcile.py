@@ -1,9 +1,12 @@
 """What was done behind our back, or lost with the daemon, is found by a walk; and no walk is believed too soon."""
 
+import errno
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +16,12 @@ from dedupfs import readahead
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.engine import rebuild
 from dedupfs.errors import IndexDamaged
+from dedupfs.gc import gc
 from dedupfs.index import Batch
 from dedupfs.model import Digest
 from dedupfs.reconcile import Census, Reconciler, Stopped
 from tests.support.filesystems import remove_tree
+from tests.support.tools import needs_root
 
 from .bench import BLOCK, PATIENCE_S, Bench, Meeting, Tampered, content, in_thread, silent
 from .test_sharing import every_strategy
@@ -393,8 +398,8 @@ def test_moved_by_an_app_after_the_walk(uncounted: Bench) -> None:
     drop = reconciler._drop_records_of_missing_files
     moved: list[bool] = []
 
-    def moving(stopping: Callable[[], bool]) -> None:
-        drop(stopping)
+    def moving(census: Census, stopping: Callable[[], bool]) -> None:
+        drop(census, stopping)
         if not moved:
             moved.append(True)
             bench.mkdir("late")
@@ -425,6 +430,37 @@ def test_a_directory_that_cannot_be_listed(uncounted: Bench) -> None:
     backing.before = lambda name, arguments: None
     bench.scan()
     assert bench.engine.settler.index_is_complete
+
+
+@pytest.mark.parametrize("at", [1, 2, 3], ids=["first walk", "second walk", "last look"])
+def test_what_the_disk_does_not_give_back_is_not_gone(bench: Bench, at: int) -> None:
+    """A directory can be listed again when the cable is in its place: its references are the only ones there are."""
+    bench.mkdir("folder")
+    for name in ("folder/one", "folder/two"):
+        bench.write(name, DATA)
+    bench.write("changed", OTHER)
+    bench.settle()
+    bench.below("changed").unlink()  # so that something is missing, and looked for
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+    listed: list[bytes] = []
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "scandir" and arguments[0] == b"folder":
+            listed.append(arguments[0])
+        beneath = name in ("scandir", "lstat", "read_reference") and arguments[0].startswith(b"folder")
+        if beneath and len(listed) >= at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    backing.before = before
+    bench.expect_log("cannot list", "could not look at everything")
+    bench.scan()
+    assert len(listed) >= at
+    assert len(bench.blobs()) == 1
+    backing.before = lambda name, arguments: None
+    assert bench.read("folder/one") == bench.read("folder/two") == DATA
+    bench.scan()
+    assert bench.duplicates("folder/one") == ["folder/two"]
 
 
 @pytest.mark.parametrize("call", ["open_quietly", "fread_reference"])
@@ -493,6 +529,86 @@ def test_another_mount_below(uncounted: Bench) -> None:
     inner.open()
     assert inner.read("x") == DATA
     inner.finish()
+
+
+class Cover:
+    """Mounts something over directories and files."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self._places = bench, list[Path]()
+
+    def put(self, path: str) -> None:
+        place = self._bench.below(path)
+        what = ["-t", "tmpfs", "none"] if place.is_dir() else ["--bind", "/dev/null"]
+        subprocess.run(["mount", *what, place], check=True)
+        self._places.append(place)
+
+    def take_away(self) -> None:
+        while self._places:
+            subprocess.run(["umount", self._places.pop()], check=True)
+
+
+@pytest.fixture
+def cover(bench: Bench) -> Iterator[Cover]:
+    made = Cover(bench)
+    yield made
+    made.take_away()
+
+
+@needs_root
+@pytest.mark.parametrize("over", ["folder", "folder/below", "folder/below/one"])
+@pytest.mark.parametrize("how", ["scan", "crash", "rebuild", "gc", "fsck"])
+def test_what_a_mount_hides_is_not_gone(bench: Bench, cover: Cover, over: str, how: str) -> None:
+    bench.mkdir("folder")
+    bench.mkdir("folder/below")
+    for name in ("folder/below/one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.unlink("two")
+    bench.settle()
+    cover.put(over)
+    bench.expect_log("cannot look at .*hides references", "could not look at everything")
+    match how:
+        case "scan":
+            bench.scan()
+        case "crash":
+            bench.crash()
+            bench.recover()
+        case _:
+            bench.close()
+            if how == "rebuild":
+                rebuild(str(bench.source), silent)
+            elif how == "gc":
+                assert gc(str(bench.source), keep_days=0, dry_run=False, progress=silent).problems
+            else:
+                assert "readable" in bench.checks(repair=True)
+            bench.open()
+            bench.scan()
+    assert len(bench.blobs()) == 1
+    cover.take_away()
+    assert bench.read("folder/below/one") == DATA
+    bench.scan()
+    assert bench.engine.settler.index_is_complete
+
+
+@needs_root
+def test_a_mount_that_hides_no_reference_of_ours(bench: Bench, cover: Cover) -> None:
+    """An empty directory, files of their own, and another store that is mounted over itself."""
+    for name in ("empty", "plain", "other"):
+        bench.mkdir(name)
+    bench.write("plain/file", DATA)
+    inner = Bench(bench.below("other"))
+    inner.open()
+    for name in ("x", "y"):
+        inner.write(name, OTHER)
+    inner.settle()
+    inner.close()
+    inner.finish()
+    for name in ("empty", "plain", "other"):
+        cover.put(name)
+    bench.crash()
+    bench.recover()
+    assert bench.engine.settler.index_is_complete
 
 
 # -- a new index

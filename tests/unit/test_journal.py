@@ -240,7 +240,7 @@ def test_a_restored_file_is_plain_and_known(bench: Bench) -> None:
     bench.make("file")
     ino = bench.settle("file", FileState.REFERENCE)
     st = (bench.source / "file").stat()
-    bench.recording.apply(bench.batch, Restored(st, b"file", CONTENT))
+    bench.recording.apply(bench.batch, Restored(st, CONTENT))
     record = bench.batch.file(ino)
     assert record is not None
     assert record.state is FileState.PLAIN
