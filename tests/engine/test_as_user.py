@@ -11,7 +11,7 @@ from dedupfs.errors import DedupfsError
 from tests.support.acting import as_user
 from tests.support.filesystems import FilesystemPool, Unsupported, remove_tree
 
-from .bench import BLOCK, ME, Bench, content, silent
+from .bench import BLOCK, ME, Bench, Running, Tampered, content, silent
 
 ALICE = 20001
 DATA = content("same", 3 * BLOCK + 3)
@@ -68,6 +68,32 @@ def test_the_life_of_a_file(run: Run) -> None:
         bench.settle()
         assert bench.blobs() == []
         assert bench.below("three").read_bytes() == DATA
+
+    run(test)
+
+
+def test_another_file_comes_to_the_path_while_it_is_restored(run: Run) -> None:
+    """Its mode is its own, and stays."""
+
+    def test(bench: Bench) -> None:
+        share(bench, "one", "two")
+        bench.engine.vfs.chmod(b"one", None, 0o444)
+        bench.write("other", content("other"), mode=0o640)
+        bench.settle()
+        backing = Tampered(bench.source)
+        bench.reopen(backing=backing)
+        apps: list[Running] = []
+
+        def rename(name: str, arguments: tuple[object, ...]) -> None:
+            if name == "chmod" and arguments[0] == b"one":
+                apps.append(Running(lambda: bench.rename("other", "one")))
+                apps[0].ended(0.3)
+
+        backing.before = rename
+        bench.engine.restore([b"one"], silent)
+        apps[0].join()
+        assert bench.below("one").stat().st_mode & 0o7777 == 0o640
+        assert bench.read("one") == content("other")
 
     run(test)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import xxhash
 
-from dedupfs import matching
+from dedupfs import matching, settle
 from dedupfs.backing import Backing
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.index import Batch
@@ -432,6 +432,39 @@ def test_nobody_sees_that_a_directory_changes_as_a_file_in_it_is_shared(bench: B
     bench.settle()
     running[0].join()
     assert times == [before]
+
+
+@pytest.mark.parametrize("named", ["kept", "gone"])
+def test_a_reference_that_waits_to_be_counted_keeps_its_blob(
+    bench: Bench, at: At, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """It came from a backup, and a scan met it; then an app moved it, so that it has to be looked at again, and in the
+    same moment the last reference that the index knows of was removed."""
+    monkeypatch.setattr(settle, "_BATCH_S", 0.0)  # batches of one file
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    reference = os.getxattr(bench.below("one"), bench.reference_xattr)
+    bench.unlink("two")
+    bench.settle()
+    bench.below("brought").touch()
+    os.truncate(bench.below("brought"), len(DATA))
+    os.setxattr(bench.below("brought"), bench.reference_xattr, reference)
+    bench.write("other", OTHER)
+    bench.settle()
+
+    def move() -> None:
+        bench.rename("other", "brought", 2)
+        if named == "gone":
+            bench.unlink("one")
+
+    # After the first look at it: the second finds another file there.
+    at.do(move, name="open_quietly", of=lambda path: path == b"brought", after=True)
+    bench.engine.settler.offer(bench.key("brought").ino, b"brought", just_seen=True)
+    bench.settle()
+    assert at.done
+    assert bench.read("other") == DATA
+    assert bench.read("brought") == OTHER
 
 
 def test_a_blob_that_is_somebodys_file_as_well_gets_no_new_references(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -280,6 +281,25 @@ def test_abandoned_and_reconciled(shared: Bench) -> None:
     shared.close()
     assert shared.checks() == []
     shared.open()
+
+
+def test_another_file_comes_to_the_path_while_a_copy_is_undone(shared: Bench) -> None:
+    """A program that was killed with the daemon saves once more, by a rename: that file is not what is undone."""
+    _die_in_materialising(shared, data_bytes=2 * BLOCK)
+    backing = Tampered(shared.source)
+    shared.open(backing=backing)
+    saved = content("saved anew", len(DATA))
+    shared.write("draft", saved)
+
+    def rename(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "fread_reference" and backing.path_of(arguments[0]) == b"one":  # the mark was seen
+            backing.after = lambda name, arguments: None
+            shared.rename("draft", "one")
+
+    backing.after = rename
+    shared.scan()
+    assert not shared.below("draft").exists()
+    assert shared.read("one") == saved
 
 
 ACTIONS = {
