@@ -30,7 +30,7 @@ from .matching import Matcher
 from .model import UNKNOWN_PATH, Caller, ContentKey, Damage, FileState, Ino, Progress
 from .openfiles import RELEASE_S, Gate, Key, OpenFiles
 from .orphans import Orphans
-from .reconcile import Reconciler, Stopped
+from .reconcile import Census, Reconciler, Stopped
 from .report import Report
 from .restore import Restorer
 from .scrub import Scrubber
@@ -175,7 +175,7 @@ class Engine:
         self._scan_lock = threading.Lock()
         self._scanner: threading.Thread | None = None
         self._scan_rests = threading.Event()  # it failed, and is not yet tried again
-        self._scan_error = ""  # why it failed the last time
+        self._scan_problem = ""  # why the last one did not make the index complete
         self._historian: threading.Thread | None = None
         self._running = False
         self._closed = False
@@ -259,10 +259,10 @@ class Engine:
             except Stopped:
                 return
             except StoreError as error:
-                self._scan_error = str(error)
+                self._scan_problem = _scan_failed(str(error))
                 log.error("%s; the scan is tried again in %.0f seconds", error, delay_s)
             except Exception as error:
-                self._scan_error = repr(error)
+                self._scan_problem = _scan_failed(repr(error))
                 log.exception("the scan failed; it is tried again in %.0f seconds", delay_s)
             self._scan_rests.set()
             if self._stopping.wait(delay_s):
@@ -437,6 +437,7 @@ class Engine:
         with self._scan_lock:
             self.settler.offer_postponed()
             census = self._reconciler.run(progress, settle=settle, stopping=stopping)
+            self._scan_problem = _not_all_was_seen(census) if census.unreadable else ""
             self.settler.offer_postponed()  # what waited to know whose a blob is
             settle()
         return {
@@ -449,8 +450,8 @@ class Engine:
 
     def health(self) -> Health:
         """Whether all is well, as far as a look tells."""
-        scan_error = "" if self.settler.index_is_complete else self._scan_error
-        return look(self.backing, self.index, self.settler, damaged=len(self.damages()), scan_error=scan_error)
+        problem = "" if self.settler.index_is_complete else self._scan_problem
+        return look(self.backing, self.index, self.settler, damaged=len(self.damages()), scan_problem=problem)
 
     def describe(self) -> str:
         """What it is doing, in a few words."""
@@ -524,6 +525,18 @@ def rebuild(source: str, progress: Progress) -> dict[str, object]:
     with Engine(source, MountOptions()) as engine:
         engine.replace_index()
         return engine.scan(progress)
+
+
+def _scan_failed(why: str) -> str:
+    return f"the scan failed ({why}), and is tried again; dedupfs scan tries now"
+
+
+def _not_all_was_seen(census: Census) -> str:
+    path, reason = census.unreadable_paths[0]
+    return (
+        f"{census.unreadable:,} directories or files cannot be looked at ({os.fsdecode(path)!r}: {reason}), and until "
+        "dedupfs scan can, contents that seem unused are kept"
+    )
 
 
 def _nobody(path: bytes) -> None:

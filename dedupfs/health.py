@@ -50,16 +50,16 @@ class Health:
         }
 
 
-def look(backing: Backing, index: Index, settler: Settler, *, damaged: int, scan_error: str) -> Health:
-    """`damaged`: how much a scrub found that nobody has put right; `scan_error`: why the first scan failed the
-    last time, "" where it did not, or has come to its end since."""
+def look(backing: Backing, index: Index, settler: Settler, *, damaged: int, scan_problem: str) -> Health:
+    """`damaged`: how much a scrub found that nobody has put right; `scan_problem`: why the last scan
+    did not make the index complete, "" where it did, or none was tried."""
     st = backing.statvfs(b"")
     size_bytes, free_bytes = st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize
     problems = []
     if settler.index_error:
         problems.append(Problem("index", f"{settler.index_error}; what is settled waits in memory"))
-    if scan_error:
-        problems.append(Problem("index", f"the scan failed ({scan_error}), and is tried again; dedupfs scan tries now"))
+    if scan_problem:
+        problems.append(Problem("index", scan_problem))
     if settler.lost_a_batch:
         problems.append(Problem("settling", "a batch was lost (see the log); no blob is removed until the next mount"))
     if settler.busy_since_s is not None and time.monotonic() - settler.busy_since_s > _STUCK_S:

@@ -574,6 +574,8 @@ def test_what_a_mount_hides_is_not_gone(bench: Bench, cover: Cover, over: str, h
         case "crash":
             bench.crash()
             bench.recover()
+            (problem,) = [each.problem for each in bench.engine.health().problems if each.check == "index"]
+            assert over in problem
         case _:
             bench.close()
             if how == "rebuild":
