@@ -17,7 +17,7 @@ import struct
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from .codec import decode_reference, encode_reference
 from .digest import Checkpoint
@@ -128,20 +128,6 @@ def _mount_of(fd: int) -> str:
         return next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
 
 
-def _files_beneath(path: bytes, root_fd: int) -> Iterator[tuple[bytes, int]]:
-    """The name of each file at or below a path, and its open directory. Raises OSError."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    if not stat.S_ISDIR(os.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode):
-        yield path, root_fd
-        return
-    for _, _, names, directory_fd in os.fwalk(path, onerror=fail, dir_fd=root_fd):
-        for name in names:
-            yield name, directory_fd
-
-
 def _clock_ns() -> int:
     """Where the clock of time stamps stands against one that nobody sets."""
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -199,6 +185,28 @@ class Backing:
             os.close(clone)
         os.close(self.root_fd)
         self.root_fd = root_fd
+
+    @contextmanager
+    def without_mounts(self) -> Iterator["Backing"]:
+        """The source as it is beneath what is mounted in it. Raises OSError where that cannot be had: it takes root and
+        Linux 5.2."""
+        clone = checked(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_MOUNT))
+        try:
+            bare = Backing(b"/proc/self/fd/%d" % clone)
+        finally:
+            os.close(clone)
+        try:
+            yield bare
+        finally:
+            bare.close()
+
+    def is_mount_point(self, path: bytes) -> bool:
+        """Whether something is mounted over what is at `path` in the source."""
+        fd = self.open(path, os.O_PATH)
+        try:
+            return _mount_of(fd) != _mount_of(self.root_fd)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         os.close(self.root_fd)
@@ -371,32 +379,6 @@ class Backing:
                 return None
             raise
         return decode_reference(value)
-
-    def covered_references(self, path: bytes) -> Iterator[Reference]:
-        """Those at and below `path` that a mount there hides; where none is, none.
-
-        Raises StoreError for one we cannot read, and OSError where it cannot be seen what is hidden: root, Linux 5.2.
-        """
-        try:
-            fd = self.open(path, os.O_PATH)
-        except FileNotFoundError:
-            return
-        try:
-            if _mount_of(fd) == _mount_of(self.root_fd):
-                return
-        finally:
-            os.close(fd)
-        try:
-            bare = checked(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_MOUNT))
-        except OSError as error:
-            raise OSError(error.errno, f"what the mount there hides cannot be seen ({error.strerror})") from None
-        try:
-            for name, directory_fd in _files_beneath(path, bare):
-                reference = self.read_reference(name, directory_fd)
-                if reference is not None:
-                    yield reference
-        finally:
-            os.close(bare)
 
     def fread_reference(self, fd: int) -> Reference | None:
         try:

@@ -13,8 +13,8 @@ from contextlib import suppress
 from .backing import RENAME_EXCHANGE, Backing
 from .digest import same_bytes
 from .errors import DamagedContent
-from .model import ContentKey, Digest
-from .store import BLOBS, QUARANTINE, STAGING
+from .model import ROOT, ContentKey, Digest, Reference
+from .store import BLOBS, QUARANTINE, STAGING, source_above
 
 SEALED_MODE = 0o400
 
@@ -40,6 +40,20 @@ class Blobs:
         """Whether there is such a blob and it is nobody's file as well, so that new references to it are safe."""
         st = self.stat(content)
         return st is not None and st.st_nlink == 1
+
+    def is_needed_by(self, reference: Reference, path: bytes) -> bool:
+        """Whether there is a blob of ours that the reference at `path` is to: below another source only where that
+        source has none."""
+        if self.stat(reference.content) is None:
+            return False
+        above = source_above(self._backing, path)
+        if above == ROOT:
+            return True
+        try:
+            self._backing.lstat(above + b"/" + self.path(reference.content))
+        except FileNotFoundError:
+            return True
+        return False
 
     def open(self, content: ContentKey, size_bytes: int) -> int:
         """A read-only descriptor. Raises DamagedContent when the blob is missing or has another size."""

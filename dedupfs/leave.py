@@ -122,7 +122,7 @@ def _problem_of(engine: Engine, path: bytes, st: os.stat_result) -> str:
     backing = engine.backing
     reference = backing.read_reference(path)
     if is_in_another(backing, path):
-        needed = reference is not None and engine.blobs.stat(reference.content) is not None
+        needed = reference is not None and engine.blobs.is_needed_by(reference, path)
         return "needs a blob of this store, though another store is above it" if needed else ""
     if reference is not None:
         return "is still a reference"
@@ -204,9 +204,7 @@ def _remove(source: str) -> None:
 
 def _needs_us(backing: Backing, path: bytes) -> bool:
     reference = backing.read_reference(path)
-    return reference is not None and (
-        not is_in_another(backing, path) or Blobs(backing).stat(reference.content) is not None
-    )
+    return reference is not None and (not is_in_another(backing, path) or Blobs(backing).is_needed_by(reference, path))
 
 
 def _unlink_sealed(backing: Backing, path: bytes) -> None:

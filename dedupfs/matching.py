@@ -151,7 +151,7 @@ class Matcher:
         """Below another store nothing is shared or mended. But what became a reference of ours before that store was
         made there needs its blob."""
         reference = self._backing.fread_reference(file.fd)
-        if reference is not None and self._blobs.usable(reference.content):
+        if reference is not None and self._blobs.is_needed_by(reference, file.path):
             self._recording.put(batch, file.link, file.path, st, FileState.REFERENCE, reference.content)
 
     def _record_reference(self, batch: Batch, file: Settled, st: os.stat_result) -> bool:

@@ -8,7 +8,6 @@ Before the first of these, files that may have a duplicate are settled, large on
 is saved first, and so that two equal files are compared while their bytes are in memory.
 """
 
-import errno
 import itertools
 import logging
 import os
@@ -113,14 +112,34 @@ def walk(
 
 def _look_beneath(backing: Backing, path: bytes, census: Census) -> None:
     """What is mounted there may hide references, whose blobs are not to be taken for unneeded."""
-    blobs = Blobs(backing)
     try:
-        if not any(blobs.stat(reference.content) for reference in backing.covered_references(path)):
+        if not backing.is_mount_point(path):
             return
-        raise OSError(errno.EBUSY, "what is mounted there hides references; unmount it")
+        with backing.without_mounts() as bare:
+            problem = "what is mounted there hides references; unmount it" if _needs_blobs(bare, path) else ""
+    except FileNotFoundError:
+        return  # removed while we looked
     except (OSError, StoreError) as error:
-        census.refuse(path, error)
-        log.warning("cannot look at %s: %s", os.fsdecode(path), _reason(error))
+        problem = f"what is mounted there hides what cannot be looked at: {_reason(error)}"
+    if problem:
+        census.refuse(path, StoreError(problem))
+        log.warning("cannot look at %s: %s", os.fsdecode(path), problem)
+
+
+def _needs_blobs(backing: Backing, top: bytes) -> bool:
+    """Whether there is a reference to a blob of this store at or below `top`. Raises OSError, StoreError."""
+    blobs, census = Blobs(backing), Census()
+    found = walk(backing, census, lambda: False, top) if stat.S_ISDIR(backing.lstat(top).st_mode) else [(top, None)]
+    for path, _ in found:
+        try:
+            reference = backing.read_reference(path)
+        except FileNotFoundError:
+            continue
+        if reference is not None and blobs.is_needed_by(reference, path):
+            return True
+    if census.unreadable:
+        raise StoreError(census.unreadable_paths[0][1])
+    return False
 
 
 class Reconciler:
@@ -154,7 +173,9 @@ class Reconciler:
                 # the blobs of its references are to be there when it is open again.
                 if not census.unreadable:
                     self._drop_records_of_missing_files(census, stopping)
-                if not census.unreadable and self._offer_uncounted_references(census, stopping):
+                # Nor are references offered for ever that cannot be settled.
+                looked = not census.unreadable and self._settler.failures == failures
+                if looked and self._offer_uncounted_references(census, stopping):
                     tops = []
                     continue
                 with self._settler.quiet():
@@ -282,7 +303,7 @@ class Reconciler:
             if record is None or record.state is not FileState.REFERENCE:
                 census.refuse(path, error)
             return True
-        if reference is None or not self._blobs.usable(reference.content):
+        if reference is None or not self._blobs.is_needed_by(reference, path):
             return True
         return record is not None and record.state is FileState.REFERENCE and record.content == reference.content
 

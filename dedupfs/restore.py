@@ -122,7 +122,9 @@ class Restorer:
             except (OSError, StoreError) as error:
                 failed.append({"path": os.fsdecode(path), "reason": str(error)})
                 continue
-            if reference is None or (is_in_another(self._backing, path) and not self._blobs.usable(reference.content)):
+            if reference is None or (
+                is_in_another(self._backing, path) and not self._blobs.is_needed_by(reference, path)
+            ):
                 continue  # what is another store's, that one restores
             group = groups.setdefault(reference.content, Group(reference.content, reference.size_bytes))
             group.paths.append(path)

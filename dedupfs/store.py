@@ -32,7 +32,7 @@ from typing import Self
 from .backing import Backing
 from .codec import json_object
 from .errors import Busy, SourceError, StoreError, UnknownFormat
-from .model import STORE_DIRECTORY
+from .model import ROOT, STORE_DIRECTORY
 from .readme import readme
 from .rules import EVERYTHING, SharingRules
 
@@ -202,13 +202,19 @@ class Store:
         self.close()
 
 
-def is_in_another(backing: Backing, path: bytes) -> bool:
-    """Whether a directory on the way to `path` is a source itself: then what is in it is that store's business."""
+def source_above(backing: Backing, path: bytes) -> bytes:
+    """The directory on the way to `path`, if there is one, that is a source itself: what is in it is that store's
+    business. Else ROOT."""
     while path := path.rpartition(b"/")[0]:
         with suppress(OSError):
             backing.lstat(path + b"/" + _FORMAT)
-            return True
-    return False
+            return path
+    return ROOT
+
+
+def is_in_another(backing: Backing, path: bytes) -> bool:
+    """Whether what is at `path` is another store's business."""
+    return source_above(backing, path) != ROOT
 
 
 def is_owned(backing: Backing) -> bool:

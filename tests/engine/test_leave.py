@@ -78,6 +78,29 @@ def refusals(bench: Bench) -> list[str]:
     return [each["path"] for each in departure.refused]
 
 
+def test_a_source_below_that_has_the_same_photograph(bench: Bench) -> None:
+    """Its references are to its own blob, and stay: what was ours goes."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.mkdir("below")
+    bench.settle()
+    below = Bench(bench.below("below"))
+    below.open()
+    for name in ("one", "two"):
+        below.write(name, DATA)
+    below.settle()
+    before = below.below("one").stat()
+    bench.scan()
+    bench.close()
+    assert leave_it(bench).refused == []
+    assert bench.below("one").read_bytes() == DATA
+    assert not (bench.source / ".dedupfs").exists()
+    assert below.below("one").stat() == before
+    assert below.state("one") == "reference"
+    assert below.read("one") == DATA
+    below.finish()
+
+
 def test_everything_is_plain_and_the_store_gone(shared: Bench) -> None:
     before = wanted(shared)
     shared.close()
