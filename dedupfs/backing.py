@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 
 from .codec import decode_reference, encode_reference
 from .digest import Checkpoint
@@ -31,6 +32,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 UTIME_OMIT = (1 << 30) - 2
 
 _LARGEST_BLOCK_BYTES = 65536
+_MOST_XATTR_BYTES = 256 << 10
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -80,6 +82,11 @@ _AT_EMPTY_PATH = 0x1000
 _WHOLE_TREE = 0x8000 | _AT_EMPTY_PATH  # AT_RECURSIVE
 _CLONE_TREE = 1 | os.O_CLOEXEC | _WHOLE_TREE
 _CLONE_MOUNT = 1 | os.O_CLOEXEC | _AT_EMPTY_PATH
+_SYS_OPENAT2 = 437
+_PATH_MAX = 4096
+_HOW = struct.Struct("=QQQ")  # struct open_how: flags, mode, resolve
+_MAKING_FLAGS = os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY  # which have a use for a mode
+_BENEATH = 0x02 | 0x04 | 0x08  # RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # to set, to clear, propagation, user namespace
 _MOUNT_ATTR_NOATIME = 0x10
 _MOUNT_ATTR__ATIME = 0x70
@@ -133,6 +140,38 @@ def _clock_ns() -> int:
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+class _Place:
+    """A directory that is held open for the length of a `with`, and a name in it."""
+
+    __slots__ = ("_fd", "_name", "_owned")
+
+    def __init__(self, fd: int, name: bytes, *, owned: bool) -> None:
+        self._fd, self._name, self._owned = fd, name, owned
+
+    def __enter__(self) -> tuple[int, bytes]:
+        return self._fd, self._name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._owned:
+            os.close(self._fd)
+
+
+def _may_use_trusted() -> bool:
+    """Whether we see `trusted.` xattrs: root without CAP_SYS_ADMIN, in a container say, is told that there are none."""
+    if os.geteuid() != 0:
+        return False
+    fd = os.memfd_create("dedupfs", os.MFD_CLOEXEC)
+    try:
+        os.setxattr(fd, "trusted.dedupfs.probe", b"")
+    except OSError as error:
+        return error.errno != errno.EPERM
+    finally:
+        os.close(fd)
+    return True
+
+
 class Backing:
     """One source directory, held open."""
 
@@ -154,6 +193,11 @@ class Backing:
         self.filesystem = _filesystem_of(self.root_fd)
         if own_mounts:
             self._enter_own_mounts()
+        try:
+            os.close(self._open_beneath(b".", os.O_PATH))
+        except OSError as error:
+            os.close(self.root_fd)
+            raise SourceError(f"{shown}: openat2(2), which takes Linux 5.6, cannot be used: {error.strerror}") from None
         if noatime:
             with suppress(OSError):
                 self._enter_own_mounts(_MOUNT_ATTR.pack(_MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0))
@@ -167,9 +211,8 @@ class Backing:
         self.immutable_binds_mappings = self.filesystem in _BINDING_FILESYSTEMS
         self.privileged = os.geteuid() == 0
         self._synced_ns = self._synced_clock_ns = 0
-        self.reference_xattr = b"trusted.dedupfs.ref" if self.privileged else b"user.dedupfs.ref"
+        self.reference_xattr = b"trusted.dedupfs.ref" if _may_use_trusted() else b"user.dedupfs.ref"
         self._root_prefix = self.source.rstrip(b"/") + b"/"  # where the source was when that was last looked at
-        self._proc_prefix = b"/proc/self/fd/%d/" % self.root_fd
 
     def _enter_own_mounts(self, attributes: bytes = b"") -> None:
         """Reach the source through mounts of our own, which may have other attributes (struct mount_attr; Linux 5.12).
@@ -211,16 +254,48 @@ class Backing:
     def close(self) -> None:
         os.close(self.root_fd)
 
+    def _directory_of(self, path: bytes) -> "_Place":
+        """The directory that a path is in, and the name there. We may be root: who can put a symbolic link into the
+        source, past the mount, must not lead us out of it."""
+        if len(path) >= _PATH_MAX:  # or what is made could not be named as a whole
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        directory, _, name = path.rpartition(b"/")
+        if not directory:
+            return _Place(self.root_fd, name or b".", owned=False)
+        try:
+            return _Place(self._open_beneath(directory, os.O_PATH | os.O_DIRECTORY), name, owned=True)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EXDEV):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+            raise
+
+    def _open_beneath(self, path: bytes, flags: int, mode: int = 0) -> int:
+        """openat2(2) that follows no symbolic link."""
+        how = _HOW.pack(flags | os.O_CLOEXEC, mode, _BENEATH)
+        while True:
+            with suppress(InterruptedError):
+                return checked(_libc.syscall(_SYS_OPENAT2, self.root_fd, path, how, ctypes.c_size_t(len(how))))
+
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def lstat(self, path: bytes, directory_fd: int | None = None) -> os.stat_result:
         """`path` is relative to `directory_fd`, or to the source."""
-        beneath = self.root_fd if directory_fd is None else directory_fd
-        return os.stat(path or b".", dir_fd=beneath, follow_symlinks=False)
+        if directory_fd is not None:
+            return os.stat(path or b".", dir_fd=directory_fd, follow_symlinks=False)
+        with self._directory_of(path) as (beneath, name):
+            return os.stat(name, dir_fd=beneath, follow_symlinks=False)
 
     def open(self, path: bytes, flags: int, mode: int = 0o600) -> int:
         """A descriptor; a symbolic link in the last place is never followed."""
-        return os.open(path or b".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=self.root_fd)
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+        if b"/" in path:
+            try:
+                return self._open_beneath(path, flags, mode & 0o7777 if flags & _MAKING_FLAGS else 0)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EXDEV):
+                    raise
+        with self._directory_of(path) as (beneath, name):  # tells which of the names is a link
+            return os.open(name, flags, mode, dir_fd=beneath)
 
     def open_quietly(self, path: bytes) -> int:
         """A read-only descriptor of a regular file that leaves its access time alone where the kernel allows that."""
@@ -255,7 +330,8 @@ class Backing:
             os.close(fd)
 
     def readlink(self, path: bytes) -> bytes:
-        return os.readlink(path, dir_fd=self.root_fd)
+        with self._directory_of(path) as (beneath, name):
+            return os.readlink(name, dir_fd=beneath)
 
     def path_of(self, fd: int) -> bytes | None:
         """Where in the source an open descriptor is now, whatever was renamed since; None when it has no name there."""
@@ -291,40 +367,60 @@ class Backing:
     # -- names --------------------------------------------------------------------------------------------------------
 
     def mkdir(self, path: bytes, mode: int) -> None:
-        os.mkdir(path, mode, dir_fd=self.root_fd)
+        with self._directory_of(path) as (beneath, name):
+            os.mkdir(name, mode, dir_fd=beneath)
 
     def mknod(self, path: bytes, mode: int, device: int) -> None:
-        os.mknod(path, mode, device, dir_fd=self.root_fd)
+        with self._directory_of(path) as (beneath, name):
+            os.mknod(name, mode, device, dir_fd=beneath)
 
     def symlink(self, target: bytes, path: bytes) -> None:
-        os.symlink(target, path, dir_fd=self.root_fd)
+        with self._directory_of(path) as (beneath, name):
+            os.symlink(target, name, dir_fd=beneath)
 
     def unlink(self, path: bytes) -> None:
-        os.unlink(path, dir_fd=self.root_fd)
+        with self._directory_of(path) as (beneath, name):
+            os.unlink(name, dir_fd=beneath)
 
     def rmdir(self, path: bytes) -> None:
-        os.rmdir(path, dir_fd=self.root_fd)
+        with self._directory_of(path) as (beneath, name):
+            os.rmdir(name, dir_fd=beneath)
 
-    def link(self, path: bytes, new: bytes) -> None:
-        os.link(path, new, src_dir_fd=self.root_fd, dst_dir_fd=self.root_fd, follow_symlinks=False)
+    def link(self, path: bytes | int, new: bytes) -> None:
+        """`path`, or an open file, whatever is at its path by now."""
+        with self._directory_of(new) as (target, name):
+            if isinstance(path, int):
+                os.link(b"/proc/self/fd/%d" % path, name, dst_dir_fd=target, follow_symlinks=True)
+                return
+            with self._directory_of(path) as (source, old):
+                os.link(old, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
 
     def rename(self, path: bytes, new: bytes, flags: int = 0) -> None:
-        if flags:
-            checked(_libc.renameat2(self.root_fd, path, self.root_fd, new, flags))
-        else:
-            os.rename(path, new, src_dir_fd=self.root_fd, dst_dir_fd=self.root_fd)
+        with self._directory_of(path) as (source, old), self._directory_of(new) as (target, name):
+            if flags:
+                checked(_libc.renameat2(source, old, target, name, flags))
+            else:
+                os.rename(old, name, src_dir_fd=source, dst_dir_fd=target)
 
     # -- attributes ---------------------------------------------------------------------------------------------------
 
     def chmod(self, path: bytes, mode: int) -> None:
-        # fchmodat has no way not to follow a link before Linux 6.6; the kernel resolved links before it asked us.
-        os.chmod(path or b".", mode, dir_fd=self.root_fd)
+        # fchmodat has no way not to follow a link before Linux 6.6.
+        fd = self.open(path, os.O_PATH)
+        try:
+            if stat.S_ISLNK(os.fstat(fd).st_mode):
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            os.chmod(b"/proc/self/fd/%d" % fd, mode)
+        finally:
+            os.close(fd)
 
     def chown(self, path: bytes, uid: int, gid: int) -> None:
-        os.chown(path or b".", uid, gid, dir_fd=self.root_fd, follow_symlinks=False)
+        with self._directory_of(path) as (beneath, name):
+            os.chown(name, uid, gid, dir_fd=beneath, follow_symlinks=False)
 
     def utime(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
-        os.utime(path or b".", ns=(atime_ns, mtime_ns), dir_fd=self.root_fd, follow_symlinks=False)
+        with self._directory_of(path) as (beneath, name):
+            os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=beneath, follow_symlinks=False)
 
     def set_mtime(self, path: bytes, mtime_ns: int) -> None:
         """Set the modification time and leave the access time as it is."""
@@ -334,27 +430,34 @@ class Backing:
 
     def utimensat(self, path: bytes, times: int | None) -> None:
         """`times`: the address of two struct timespec, UTIME_NOW and UTIME_OMIT included, or None for now."""
-        checked(_libc.utimensat(self.root_fd, path or b".", times, _AT_SYMLINK_NOFOLLOW))
+        with self._directory_of(path) as (beneath, name):
+            checked(_libc.utimensat(beneath, name, times, _AT_SYMLINK_NOFOLLOW))
 
     @staticmethod
     def futimens(fd: int, times: int | None) -> None:
         checked(_libc.futimens(fd, times))
 
-    def _xattr_path(self, path: bytes) -> bytes:
+    @contextmanager
+    def _xattr_path(self, path: bytes) -> Iterator[bytes]:
         # There is no getxattrat before Linux 6.13; the magic link leads into the source even where it is mounted over.
-        return self._proc_prefix + (path or b".")
+        with self._directory_of(path) as (beneath, name):
+            yield b"/proc/self/fd/%d/%s" % (beneath, name)
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
-        return os.getxattr(self._xattr_path(path), name, follow_symlinks=False)
+        with self._xattr_path(path) as full:
+            return os.getxattr(full, name, follow_symlinks=False)
 
     def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int = 0) -> None:
-        os.setxattr(self._xattr_path(path), name, value, flags, follow_symlinks=False)
+        with self._xattr_path(path) as full:
+            os.setxattr(full, name, value, flags, follow_symlinks=False)
 
     def listxattr(self, path: bytes) -> list[bytes]:
-        return [os.fsencode(name) for name in os.listxattr(self._xattr_path(path), follow_symlinks=False)]
+        with self._xattr_path(path) as full:
+            return [os.fsencode(name) for name in os.listxattr(full, follow_symlinks=False)]
 
     def removexattr(self, path: bytes, name: bytes) -> None:
-        os.removexattr(self._xattr_path(path), name, follow_symlinks=False)
+        with self._xattr_path(path) as full:
+            os.removexattr(full, name, follow_symlinks=False)
 
     # -- references ---------------------------------------------------------------------------------------------------
 
@@ -366,14 +469,23 @@ class Backing:
         """
         return stat.S_ISREG(st.st_mode) and st.st_size >= SMALLEST_SHARED_BYTES and st.st_blocks * 512 < st.st_size
 
+    @staticmethod
+    def is_no_reference(st: os.stat_result) -> bool:
+        """Whether an inode is surely none, whatever room its xattrs take."""
+        own_bytes = st.st_blocks * 512
+        return not stat.S_ISREG(st.st_mode) or own_bytes >= max(st.st_size, _MOST_XATTR_BYTES)
+
     def read_reference(self, path: bytes, directory_fd: int | None = None) -> Reference | None:
         """The reference that the file carries, None when it carries none. Raises StoreError for one we cannot read.
 
         `path` is relative to `directory_fd`, or to the source.
         """
-        full = self._xattr_path(path) if directory_fd is None else b"/proc/self/fd/%d/%s" % (directory_fd, path)
         try:
-            value = os.getxattr(full, self.reference_xattr, follow_symlinks=False)
+            if directory_fd is not None:
+                full = b"/proc/self/fd/%d/%s" % (directory_fd, path)
+                value = os.getxattr(full, self.reference_xattr, follow_symlinks=False)
+            else:
+                value = self.getxattr(path, self.reference_xattr)
         except OSError as error:
             if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
                 return None

@@ -66,7 +66,7 @@ class Blobs:
             raise DamagedContent(f"blob {content.name} is not {size_bytes} bytes long; run dedupfs fsck")
         return fd
 
-    def publish(self, path: bytes, content: ContentKey) -> None:
+    def publish(self, path: bytes | int, content: ContentKey) -> None:
         """Give the inode at `path` its name among the blobs. Raises FileExistsError when there is such a blob."""
         target = self.path(content)
         try:
@@ -76,7 +76,7 @@ class Blobs:
                 self._backing.mkdir(os.path.dirname(target), 0o700)
             self._backing.link(path, target)
 
-    def supersede(self, path: bytes, content: ContentKey) -> None:
+    def supersede(self, path: bytes | int, content: ContentKey) -> None:
         """Give the inode at `path` the name of a blob that is damaged or missing.
 
         The damaged one goes to quarantine/ in the same instant: at no time is the name without a file.

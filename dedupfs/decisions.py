@@ -112,11 +112,16 @@ class Decisions:
         try:
             # In one write. A torn line before it is ended first; one that was torn now, by a full disk, is next time.
             data = (b"\n" if self._torn else b"") + line + b"\n"
-            self._torn = True
-            written = os.write(fd, data)
-            if written != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), DECISIONS)
-            self._backing.fsync(fd)
+            self._torn, torn, size_bytes = True, self._torn, os.fstat(fd).st_size
+            try:
+                written = os.write(fd, data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), DECISIONS)
+                self._backing.fsync(fd)
+            except OSError:
+                self._backing.ftruncate(fd, size_bytes)  # or the next start would take it for decided
+                self._torn = torn
+                raise
             self._torn = False
         finally:
             os.close(fd)

@@ -37,6 +37,7 @@ from .scrub import Scrubber
 from .settle import Settler
 from .sharing import ReferenceSharing, ReflinkSharing, Sharing, supports_reflink
 from .store import INDEX, QUARANTINE, Store
+from .trash import Trash
 from .vfs import Vfs
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Engine:
             ),
             recording,
             self.references.unlink_blob,
+            lambda content: Trash(backing).put(content, now_s=int(time.time())),
         )
         if not self.store.was_clean:
             # Said in the index, so that it stays said until a walk has come to its end, however many starts that takes.
@@ -276,6 +278,7 @@ class Engine:
             return
         self._closed = True
         self._stopping.set()
+        self.settler.leave()
         if self._scanner is not None:
             with self.settler.hurried():  # or it would sit out quiet hours
                 self._scanner.join()

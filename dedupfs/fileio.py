@@ -100,8 +100,8 @@ class FileIo:
         access = flags & os.O_ACCMODE
         writes = access != os.O_RDONLY or bool(flags & os.O_TRUNC)
         kept = flags & _KEPT_FLAGS
-        if writes and access == os.O_RDONLY:
-            kept |= os.O_RDWR
+        if writes and access in (os.O_RDONLY, os.O_ACCMODE):  # open(2): 3 is for ioctls, with both rights
+            kept = kept & ~os.O_ACCMODE | os.O_RDWR
         try:
             fd = self._backing.open(path, kept | self._quiet_flag)
         except PermissionError:
@@ -149,12 +149,19 @@ class FileIo:
             reference = self._references.load(handle.own_fd, st)
             if reference is None:
                 if not st.st_size and handle.writes:
-                    with suppress(OSError):  # truncated, and the crash came before its record went
-                        self._backing.fremove_reference(handle.own_fd)
+                    self._forget_record(handle.own_fd)  # truncated, and the crash came before its record went
                 inode.loaded = True
             else:
                 inode.become_reference(reference, self._blobs.open(reference.content, reference.size_bytes))
         inode.direct(handle)
+
+    def _forget_record(self, fd: int) -> None:
+        """Raises OSError: what is written beside a record would be nobody's content."""
+        try:
+            self._backing.fremove_reference(fd)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
 
     def _prepare_for_writing(self, handle: Handle, flags: int, caller: Caller) -> None:
         inode = handle.inode
@@ -229,7 +236,8 @@ class FileIo:
                     return
                 path = UNKNOWN_PATH
             stream = inode.stream
-            self._settler.enqueue(inode.key.ino, path, stream.digest_of(st.st_size) if stream else None)
+            digest = stream.digest_of(st.st_size) if stream else None
+            self._settler.enqueue(inode.key.ino, path, digest, Stamp.of(st))
 
         self._openfiles.release(handle, settle)
         self._orphans.let_go(inode.key)
@@ -277,22 +285,23 @@ class FileIo:
         try:
             inode = handle.inode
             with inode.lock:
-                self._load(handle)
-                reference = inode.reference
-                if reference is None:
-                    return None
                 try:
-                    self._references.materialise(handle.own_fd, reference, inode.content_fd, verify=True)
-                except OSError:
+                    try:
+                        self._load(handle)
+                        reference = inode.reference
+                        if reference is None:
+                            return None
+                        self._references.materialise(handle.own_fd, reference, inode.content_fd, verify=True)
+                    finally:
+                        if forced_mode is not None:
+                            os.fchmod(handle.own_fd, forced_mode)
+                except (OSError, StoreError):
                     self._settler.note(Touched(inode.key.ino, path))  # as it was, but for its ctime
                     raise
-                finally:
-                    if forced_mode is not None:
-                        os.fchmod(handle.own_fd, forced_mode)
                 inode.become_plain()
+                st = os.fstat(handle.own_fd)  # before anybody else can write to it
             with self._gate.exclusive():  # or who removes it now may note that first
-                st = os.fstat(handle.own_fd)
-                if st.st_nlink:
+                if os.fstat(handle.own_fd).st_nlink:
                     self._settler.note(Restored(st, reference.content))
             return reference.size_bytes
         finally:

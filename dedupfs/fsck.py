@@ -23,7 +23,7 @@ from .engine import Engine
 from .errors import IndexDamaged, StoreError
 from .index import Index, recompute
 from .model import ContentKey, FileState, Ino, Progress, Reference, Stamp
-from .reconcile import Census, walk
+from .reconcile import Census, refuse_references_elsewhere, walk
 from .sharing import abandon
 from .store import BLOBS, INDEX, ORPHANS, STAGING, Store, is_in_another
 from .trash import Trash
@@ -128,11 +128,26 @@ def _check(source: str, progress: Progress, *, repair: bool, take_over: bool = T
         for check in (check_leftovers, check_references, check_blobs):
             report.findings += check(backing, blobs, tree)
         if repair:
+            _look_again(backing, report.findings, progress)
             for finding in report.findings:
                 _try_repair(finding)
             if store.was_clean and not report.findings:
                 store.mark_clean()
     return report
+
+
+def _look_again(backing: Backing, findings: list[Finding], progress: Progress) -> None:
+    """Before blobs go: somebody who moves files meanwhile can hide one from a walk; hardly from two."""
+    unneeded = [finding for finding in findings if finding.check == "unreferenced-blob" and finding.repair is not None]
+    if not unneeded:
+        return
+    tree = _Tree()
+    for _ in _read_tree(backing, tree, progress):
+        pass
+    needed = {Blobs.path(content) for content in tree.by_content}
+    for finding in unneeded:
+        if not tree.complete or finding.path in needed:
+            finding.repair = None
 
 
 def _try_repair(finding: Finding) -> None:
@@ -182,9 +197,11 @@ def _read_tree(backing: Backing, tree: _Tree, progress: Progress) -> Iterator[Fi
         census.files += 1
         if not census.files % 1000:
             progress("checking", census.files, None)
+    refuse_references_elsewhere(backing, census)
     if census.unreadable:
         tree.complete = False
-        yield Finding("readable", b"", f"{census.unreadable} directories cannot be listed")
+    for path, reason in census.unreadable_paths:
+        yield Finding("readable", path, reason)
 
 
 def check_leftovers(backing: Backing, blobs: Blobs, tree: _Tree) -> Iterator[Finding]:
@@ -304,14 +321,23 @@ def _take_back(backing: Backing, blobs: Blobs, content: ContentKey) -> None:
 
 
 def _forget(backing: Backing, path: bytes) -> Callable[[], None]:
-    return lambda: backing.removexattr(path, backing.reference_xattr)
+    def repair() -> None:
+        fd = backing.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if not os.fstat(fd).st_size:  # or another file came to the path since
+                backing.fremove_reference(fd)
+        finally:
+            os.close(fd)
+
+    return repair
 
 
 def _abandon(backing: Backing, path: bytes, reference: Reference) -> Callable[[], None]:
     def repair() -> None:
-        fd = backing.open(path, os.O_RDWR)
+        fd = backing.open(path, os.O_RDWR | os.O_NONBLOCK)
         try:
-            abandon(backing, fd, reference)
+            if backing.fread_reference(fd) == reference:  # or another file came to the path since
+                abandon(backing, fd, reference)
         finally:
             os.close(fd)
 

@@ -332,9 +332,15 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
             self._hid[get_ident()] = (request(), name)
             return
         hid_in, hidden = self._hid.pop(get_ident(), (0, b""))
-        if hid_in and hid_in == request() and self._vfs.unhide(hidden, relative, old):
-            return
-        st, replaced = self._vfs.rename(old, relative, flags)
+        hid = bool(hid_in) and hid_in == request()
+        try:
+            if hid and self._vfs.unhide(hidden, relative, old):
+                return
+            st, replaced = self._vfs.rename(old, relative, flags)
+        except BaseException:
+            if hid:
+                self._vfs.put_back(hidden, relative)
+            raise
         is_directory = stat.S_ISDIR(st.st_mode)
         if flags & RENAME_EXCHANGE and replaced is not None:
             is_directory |= stat.S_ISDIR(replaced.st_mode)
@@ -421,7 +427,7 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         self._changed(path, handle)
 
     def setxattr(self, path: bytes, name: bytes, value: Any, size: int, flags: int) -> None:
-        self._vfs.setxattr(_relative(path), name, ctypes.string_at(value, size), flags)
+        self._vfs.setxattr(_relative(path), name, ctypes.string_at(value, size), flags, caller())
         self._changed(path, None)
 
     def getxattr(self, path: bytes, name: bytes, value: Any, size: int) -> int:
@@ -481,6 +487,8 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         fi = fip.contents
         view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buffer.contents))).cast("B")
         handle = self._handles[fi.fh]
+        if not fi.writepage:
+            handle.appends = bool(fi.flags & os.O_APPEND)  # as of now: fcntl(2) may have changed it
         count = self._io.write(handle, view, offset, caller(), cached=bool(fi.writepage))
         self._written(handle)
         return count

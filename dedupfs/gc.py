@@ -18,7 +18,7 @@ from .config import MountOptions, Share
 from .engine import Engine
 from .errors import StoreError
 from .model import ContentKey, Progress
-from .reconcile import Census, walk
+from .reconcile import Census, refuse_references_elsewhere, walk
 from .rules import NOTHING
 from .store import ORPHANS, STAGING, Store
 from .trash import Discarded, Trash
@@ -76,9 +76,11 @@ def _plan(backing: Backing, *, before_s: float, progress: Progress) -> Plan:
     for directory in (STAGING, ORPHANS):
         plan.leftovers += [directory + b"/" + os.fsencode(entry.name) for entry in backing.scandir(directory)]
     referenced = _referenced(backing, plan, progress)
-    present: set[ContentKey] = set()
-    for content, st in Blobs(backing).list():
-        present.add(content)
+    present = dict(Blobs(backing).list())
+    if not plan.problems and present.keys() - referenced:
+        # Somebody who moves files meanwhile can hide one from a walk; hardly from two.
+        referenced |= _referenced(backing, plan, progress)
+    for content, st in present.items():
         if content not in referenced:
             if st.st_nlink != 1:
                 plan.refuse(Blobs.path(content), f"has {st.st_nlink} links and no reference; run dedupfs fsck")
@@ -118,8 +120,9 @@ def _referenced(backing: Backing, plan: Plan, progress: Progress) -> set[Content
                 progress("looking for references", census.files, None)
     for path in plan.leftovers:
         look(path)
-    if census.unreadable:
-        plan.refuse(b"", f"{census.unreadable} directories or files cannot be looked at")
+    refuse_references_elsewhere(backing, census)
+    for path, reason in census.unreadable_paths:
+        plan.refuse(path, reason)
     return found
 
 

@@ -49,6 +49,7 @@ class Touched:
 
     ino: Ino
     path: bytes
+    sets_times: bool = False  # the modification time is one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,9 @@ class Recording:
         self._is_pending, self._offer = is_pending, offer
         self._is_complete = is_complete
         self._untouched: set[Ino] = set()
+        # By more than the ctime. An entry that is still to come may say why, as when an app sets times; or somebody
+        # wrote who goes around the mount, and nothing must make the record look true.
+        self._unlike: set[Ino] = set()
 
     def apply(self, batch: Batch, entry: Entry) -> None:
         match entry:
@@ -145,8 +149,8 @@ class Recording:
                 batch.forget_directory(ino)
             case DirectoryNamed(ino, link) if link is not None:
                 batch.put_directory(ino, link)
-            case Touched(ino, path):
-                self._retouch(batch, ino, path)
+            case Touched(ino, path, sets_times):
+                self._retouch(batch, ino, path, sets_times=sets_times)
             case Found(ino, path):
                 self._add_name(batch, ino, path)
             case Restored(st, content):
@@ -210,7 +214,7 @@ class Recording:
             return
         batch.forget_file(ino)
 
-    def _retouch(self, batch: Batch, ino: Ino, path: bytes | None = None) -> None:
+    def _retouch(self, batch: Batch, ino: Ino, path: bytes | None = None, *, sets_times: bool = False) -> None:
         """Renaming, linking and chmod change an inode's ctime: let the record follow, or it would look modified."""
         record = batch.file(ino)
         if record is None:
@@ -224,18 +228,24 @@ class Recording:
             if st.st_ino == ino:
                 # Asked after the look: a writer who came before it is seen, one who comes later changes the stamp
                 # again.
-                if st.st_size == record.stamp.size_bytes and not self._is_pending(ino):
-                    batch.put_file(ino, record._replace(stamp=Stamp.of(st)))
+                if self._is_pending(ino):
+                    return
+                now = Stamp.of(st)
+                times = now if sets_times else record.stamp
+                if now == record.stamp._replace(mtime_ns=times.mtime_ns, ctime_ns=now.ctime_ns):
+                    batch.put_file(ino, record._replace(stamp=now))
+                else:
+                    self._unlike.add(ino)
                 return
         self._untouched.add(ino)
 
     def catch_up(self, batch: Batch) -> None:
         """Look again for files that were not where the journal had come to: a directory above them was moved later. If
         it is being moved just now, nobody has said so yet: then settling looks for them, which waits for that."""
-        untouched, self._untouched = self._untouched, set()
+        untouched, self._untouched, self._unlike = self._untouched | self._unlike, set(), set()
         for ino in untouched:
             self._retouch(batch, ino)
-        untouched, self._untouched = self._untouched, set()
+        untouched, self._untouched, self._unlike = self._untouched | self._unlike, set(), set()
         for ino in untouched:
             self._offer(ino, UNKNOWN_PATH)
 

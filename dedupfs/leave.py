@@ -21,7 +21,7 @@ from .engine import Engine
 from .errors import Busy, StoreError
 from .index import TAKEN_OVER, backup_name
 from .model import STORE_DIRECTORY, FileState, Ino, Progress, Stamp
-from .reconcile import Census, walk
+from .reconcile import Census, refuse_references_elsewhere, walk
 from .rules import NOTHING
 from .store import BLOBS, INDEX, ORPHANS, QUARANTINE, STAGING, TRASH, Store, is_in_another
 
@@ -82,9 +82,18 @@ def leave(source: str, *, dry_run: bool, progress: Progress) -> Departure:
 
 
 def _restore_and_prove(engine: Engine, departure: Departure, progress: Progress) -> None:
-    census = engine.scan(progress)
-    if census["unreadable_directories"]:
-        departure.refuse(b"", f"{census['unreadable_directories']} directories or files cannot be looked at")
+    # First, and not from what the scan tells: that has no say where a reference is on another filesystem.
+    census = Census()
+    for _ in walk(engine.backing, census, lambda: False):
+        progress("looking", census.directories, None)
+    refuse_references_elsewhere(engine.backing, census)
+    for path, reason in census.unreadable_paths:
+        departure.refuse(path, reason)
+    if departure.refused:
+        return
+    unseen = engine.scan(progress)["unreadable_directories"]
+    if unseen:
+        departure.refuse(b"", f"{unseen} directories or files cannot be looked at")
     answer = engine.restore([], progress)
     departure.restored = int(str(answer["restored"]))
     failed = answer["failed"]
@@ -174,6 +183,7 @@ def _remove(source: str) -> None:
             # Nobody else has the store now. What was proven may have been mounted and shared again before that.
             if stat.S_ISREG(st.st_mode) and _needs_us(backing, path):
                 raise Busy(f"{os.fsdecode(path)} became a reference meanwhile; run dedupfs leave again")
+        refuse_references_elsewhere(backing, census)
         strangers = list(_strangers(backing))
         if census.unreadable or strangers:
             raise Busy("the archive or its store was changed meanwhile; run dedupfs leave again")

@@ -102,7 +102,7 @@ class Matcher:
         self._index_is_complete = index_is_complete
         self._rules = rules
 
-    def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[], Digest | None]) -> Looked:
+    def settle(self, batch: Batch, ino: Ino, path: bytes, written_digest: Callable[[Stamp], Digest | None]) -> Looked:
         """Record and share the file at `path`, whose inode was `ino`. Answers what was found.
 
         `written_digest` is asked once nobody can write any more: its digest as it was computed while it was written.
@@ -136,8 +136,10 @@ class Matcher:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     batch.doubt_file(ino)
                     return NOTHING
-                digest = self._digest(file, before, written_digest())
+                digest = self._digest(file, before, written_digest(file.stamp))
                 st = os.fstat(fd)
+                if Stamp.of(st) != file.stamp:
+                    raise Changed("written meanwhile")
                 common = self._join(batch, file, st, digest)
                 content = common or self._begin(batch, file, st, before, digest)
                 # Now that its bytes are in memory: who describes need not open what is no picture.

@@ -89,6 +89,7 @@ def serve(
         path = os.path.join(control_directory(uid=os.geteuid()), name)
         server = control.Server(path, commands(engine), streams(engine))
         shutdown.callback(server.close)
+        shutdown.callback(engine.settler.leave)  # or a scan that somebody asked for would wait for room on a full disk
         engine.vfs.control_path = os.fsencode(path)
         engine.start()
         server.start()

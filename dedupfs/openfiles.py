@@ -342,11 +342,13 @@ class OpenFiles:
             inode = self._inodes.get(key)
             return inode is not None and inode.backing_file is not None
 
-    def follow(self, key: Key, to: Key, reference: Reference, blob_fd: int, own_fds: list[int]) -> None:
+    def follow(self, key: Key, to: Key, reference: Reference, own_fds: list[int]) -> None:
         """A file that is open for reading became a blob, and its path leads to a reference, `to`.
 
-        Readers go on reading the inode they have; what else they do is done to the reference, through `own_fds`: open
-        descriptors of it, at least as many as there are handles. Caller passes the gate exclusively.
+        Readers go on reading the inode they have; what else they do is done to the reference, through `own_fds`: the
+        first is open on the blob, the others on the reference, at least as many as there are handles. Raises nothing:
+        an inode at a reference that does not know that it is one would read zeros, and be written to. Caller passes the
+        gate exclusively.
         """
         inode = self.get(key)
         if inode is not None:
@@ -357,9 +359,7 @@ class OpenFiles:
                     for handle in inode.handles:
                         inode.retired_fds.append(handle.own_fd)
                         handle.own_fd = own_fds.pop()
-                    # Opened again: a duplicate would keep the lease that the settler has on `blob_fd`, and the kernel
-                    # makes a writer in passthrough wait for that.
-                    inode.become_reference(reference, os.open(f"/proc/self/fd/{blob_fd}", os.O_RDONLY))
+                    inode.become_reference(reference, own_fds.pop(0))
                     if inode.backing_file is not None:
                         inode.backing_file.content = reference.content  # it is the inode that became the blob
         for fd in own_fds:

@@ -27,6 +27,8 @@ class Orphans:
         self._backing, self._openfiles, self._settler = backing, openfiles, settler
         self._lock = threading.Lock()
         self._keys: dict[bytes, Key] = {}
+        self._parents: dict[bytes, Key] = {}  # the directories they were in
+        self._put_back: dict[bytes, Key] = {}  # likewise, of those that libfuse goes on calling by the name
 
     def sweep(self) -> None:
         """Remove what a crash left, or what could not be removed: only while nothing is served, and nothing open."""
@@ -38,9 +40,31 @@ class Orphans:
                 set_aside(self._backing, path)
 
     def path(self, path: bytes) -> bytes | None:
-        """Where the orphan is that has the last part of this path for its name, None when there is none."""
+        """Where the orphan is that libfuse calls by this path, None when there is none. In another directory the name
+        is somebody else's."""
         name = path.rpartition(b"/")[2]
+        return ORPHANS + b"/" + name if self._is_in(path, self._parents.get(name)) else None
+
+    def named(self, name: bytes) -> bytes | None:
+        """The same by libfuse's name alone."""
         return ORPHANS + b"/" + name if name in self._keys else None
+
+    def _is_in(self, path: bytes, parent: Key | None) -> bool:
+        if parent is None:
+            return False
+        try:
+            return Key.of(self._backing.lstat(path.rpartition(b"/")[0])) == parent
+        except FileNotFoundError:
+            return True  # the directory went as well: nobody else has a name in it
+
+    def put_back(self, name: bytes, parent: Key) -> None:
+        """It has a path again, in that directory, by which the kernel knows it; libfuse still by this name."""
+        self._put_back[name] = parent
+
+    def is_stale(self, path: bytes) -> bool:
+        """Whether libfuse calls a file so that has its path again, and is not open any more."""
+        name = path.rpartition(b"/")[2]
+        return name not in self._keys and self._is_in(path, self._put_back.get(name))
 
     def count(self, key: Key) -> int:
         """How many orphans have this inode: names of it that nobody sees."""
@@ -49,14 +73,17 @@ class Orphans:
 
     def take_in(self, path: bytes, name: bytes, st: os.stat_result) -> None:
         """Move an unlinked file here. The caller is inside the gate."""
+        parent = Key.of(self._backing.lstat(path.rpartition(b"/")[0]))
         self._backing.rename(path, ORPHANS + b"/" + name)
         with self._lock:
+            self._parents[name] = parent
             self._keys[name] = Key.of(st)
 
     def unlinked(self, name: bytes) -> None:
         """An orphan was removed by its name."""
         with self._lock:
             self._keys.pop(name, None)
+            self._parents.pop(name, None)
 
     def let_go(self, key: Key) -> None:
         """Remove the orphans with this inode, unless it is open. Called after every release that may have been the
@@ -74,6 +101,7 @@ class Orphans:
                     log.warning("an unlinked file cannot be removed; the next stop tries again: %s", error)
                     continue
                 del self._keys[name]
+                self._parents.pop(name, None)
 
     def _unlink(self, path: bytes, key: Key) -> None:
         fd = self._backing.open(path, os.O_PATH)

@@ -53,6 +53,7 @@ class Census:
     directories: int = 0
     bytes: int = 0
     offered: int = 0
+    elsewhere: list[_Path] = field(default_factory=list)  # directories that are another filesystem
     unreadable: int = 0
     unreadable_paths: list[tuple[_Path, str]] = field(default_factory=list)  # the first ones, and why
 
@@ -72,9 +73,16 @@ def _reason(error: OSError | StoreError) -> str:
 
 
 def walk(
-    backing: Backing, census: Census, stopping: Callable[[], bool], top: bytes = ROOT
+    backing: Backing,
+    census: Census,
+    stopping: Callable[[], bool],
+    top: bytes = ROOT,
+    *,
+    device: int | None = None,
 ) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Every directory and regular file below `top` on the source's filesystem, without the store. Raises Stopped."""
+    """Every directory and regular file below `top` on the source's filesystem (or the one with this device number),
+    without the store. Raises Stopped."""
+    device = backing.device if device is None else device
     waiting = [top]
     while waiting:
         directory = waiting.pop()
@@ -95,13 +103,15 @@ def walk(
                     census.refuse(path, error)
                     log.warning("cannot look at %s: %s", os.fsdecode(path), error.strerror)
                     continue
-                if (st.st_dev, st.st_ino) != (backing.device, entry.inode()):
+                if (st.st_dev, st.st_ino) != (device, entry.inode()):
                     _look_beneath(backing, path, census)  # the directory has another inode there than is seen
-                if stat.S_ISDIR(st.st_mode):
-                    if st.st_dev == backing.device:
-                        waiting.append(path)
-                        yield path, st
-                elif stat.S_ISREG(st.st_mode) and st.st_dev == backing.device:
+                if st.st_dev != device:
+                    if stat.S_ISDIR(st.st_mode):
+                        census.elsewhere.append(path)
+                elif stat.S_ISDIR(st.st_mode):
+                    waiting.append(path)
+                    yield path, st
+                elif stat.S_ISREG(st.st_mode):
                     yield path, st
         except (FileNotFoundError, NotADirectoryError):
             continue
@@ -126,11 +136,25 @@ def _look_beneath(backing: Backing, path: bytes, census: Census) -> None:
         log.warning("cannot look at %s: %s", os.fsdecode(path), problem)
 
 
+def refuse_references_elsewhere(backing: Backing, census: Census) -> None:
+    """Who moves a reference to another filesystem below the source (mv keeps its xattrs) reads it there through the
+    mount, but nobody counts it: for who is about to conclude that a blob is not needed, it is in the way."""
+    while census.elsewhere:
+        path = census.elsewhere.pop()
+        try:
+            problem = "holds references, on another filesystem; move them back" if _needs_blobs(backing, path) else ""
+        except (OSError, StoreError) as error:
+            problem = _reason(error)
+        if problem:
+            census.refuse(path, StoreError(problem))
+            log.warning("cannot look at %s: %s", os.fsdecode(path), problem)
+
+
 def _needs_blobs(backing: Backing, top: bytes) -> bool:
     """Whether there is a reference to a blob of this store at or below `top`. Raises OSError, StoreError."""
-    blobs, census = Blobs(backing), Census()
-    found = walk(backing, census, lambda: False, top) if stat.S_ISDIR(backing.lstat(top).st_mode) else [(top, None)]
-    for path, _ in found:
+    blobs, census, st = Blobs(backing), Census(), backing.lstat(top)
+    below = walk(backing, census, lambda: False, top, device=st.st_dev) if stat.S_ISDIR(st.st_mode) else [(top, st)]
+    for path, _ in below:
         try:
             reference = backing.read_reference(path)
         except FileNotFoundError:
@@ -158,7 +182,8 @@ class Reconciler:
         census = Census()
         failures = self._settler.failures
         complete = False
-        if not self._index.is_complete():
+        knew_all, knew_nothing = self._index.is_complete(), not self._index.totals().files
+        if not knew_all:
             self._settle_likely_duplicates(census, settle, stopping)
         with self._settler.watching_moves() as take_moved:
             tops = [ROOT]
@@ -173,6 +198,8 @@ class Reconciler:
                 # the blobs of its references are to be there when it is open again.
                 if not census.unreadable:
                     self._drop_records_of_missing_files(census, stopping)
+                if not knew_all:
+                    refuse_references_elsewhere(self._backing, census)
                 # Nor are references offered for ever that cannot be settled.
                 looked = not census.unreadable and self._settler.failures == failures
                 if looked and self._offer_uncounted_references(census, stopping):
@@ -187,10 +214,13 @@ class Reconciler:
                         break
         if complete:
             self._index.set_complete()
-            self._look_at_blobs()
+            self._look_at_blobs(to_trash=knew_nothing)
             settle()
         else:
-            # What we did not see may be a reference: no blob may be called unreferenced.
+            # What we did not see may be a reference: no blob may be called unreferenced, though the last one that is
+            # counted goes.
+            self._settler.index_is_complete = False
+            self._index.set_incomplete()
             log.warning("the scan could not look at everything; blobs that seem unused are kept")
         progress("settled", census.files, census.files)
         return census
@@ -269,6 +299,8 @@ class Reconciler:
                 missing.discard(Ino(st.st_ino))
                 self._look(path, st, Census())
                 self._settler.note(Found(Ino(st.st_ino), path))
+        if missing:
+            refuse_references_elsewhere(self._backing, census)
         for ino in missing if not census.unreadable else ():
             with self._settler.quiet():
                 gone = not self._may_be_at_a_path(ino)
@@ -292,7 +324,7 @@ class Reconciler:
 
     def _is_counted(self, path: bytes, st: os.stat_result, census: Census) -> bool:
         """Whether a file is no reference, or the index knows which one it is; or that cannot be told."""
-        if not self._backing.may_be_reference(st):
+        if self._backing.is_no_reference(st):
             return True
         record = self._index.file(Ino(st.st_ino))
         try:
@@ -319,11 +351,14 @@ class Reconciler:
                 return True
         return False
 
-    def _look_at_blobs(self) -> None:
-        """Hand over those that nothing refers to, and seal those that a crash left unsealed."""
+    def _look_at_blobs(self, *, to_trash: bool) -> None:
+        """Hand over those that nothing refers to, and seal those that a crash left unsealed.
+
+        `to_trash`: nobody knew what there was. Of a store that was copied without xattrs the blobs are all there is.
+        """
         for content, st in self._blobs.list():
             if not self._settler.is_referenced(content):
-                self._settler.suspect(content)
+                self._settler.suspect(content, to_trash=to_trash)
             elif st.st_nlink == 1:
                 with suppress(OSError):
                     self._blobs.seal(content)

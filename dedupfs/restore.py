@@ -113,7 +113,8 @@ class Restorer:
         groups: dict[ContentKey, Group] = {}
         failed: list[dict[str, str]] = []
         counted: set[Ino] = set()
-        for path in self._files_below(tops):
+        census = Census()
+        for path in self._files_below(tops, census):
             try:
                 reference = self._backing.read_reference(path)
                 ino = Ino(self._backing.lstat(path).st_ino)
@@ -130,6 +131,7 @@ class Restorer:
             group.paths.append(path)
             group.files += ino not in counted
             counted.add(ino)
+        failed += [{"path": os.fsdecode(path), "reason": reason} for path, reason in census.unreadable_paths]
         for group in groups.values():
             group.frees_blob = len(self._index.sharers(group.content)) <= group.files
         ordered = [groups[content] for content in sorted(groups)]
@@ -151,6 +153,8 @@ class Restorer:
                 try:
                     size_bytes = self._io.restore(path)
                 except FileNotFoundError:
+                    reason = "was moved or removed meanwhile; run dedupfs restore again"
+                    failed.append({"path": os.fsdecode(path), "reason": reason})
                     continue
                 except (OSError, StoreError) as error:
                     failed.append({"path": os.fsdecode(path), "reason": str(error)})
@@ -166,7 +170,7 @@ class Restorer:
         st = self._backing.statvfs(b"")
         return st.f_bavail * st.f_frsize < group.files * group.size_bytes + _SPARE_BYTES
 
-    def _files_below(self, tops: list[bytes]) -> list[bytes]:
+    def _files_below(self, tops: list[bytes], census: Census) -> list[bytes]:
         found: list[bytes] = []
         for top in tops:
             try:
@@ -174,7 +178,7 @@ class Restorer:
             except OSError as error:
                 raise SourceError(f"{os.fsdecode(top)}: {error.strerror}") from None
             if stat.S_ISDIR(st.st_mode):
-                below = walk(self._backing, Census(), self._stopping, top)
+                below = walk(self._backing, census, self._stopping, top)
                 found += [
                     path for path, st in below if stat.S_ISREG(st.st_mode) and st.st_size >= SMALLEST_SHARED_BYTES
                 ]

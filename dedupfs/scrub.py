@@ -20,7 +20,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .backing import Backing
@@ -285,19 +284,29 @@ class Scrubber:
         """Where an inode is, as far as that is so."""
         found = []
         for path in self._index.paths(ino, self._backing.root_ino):
-            with suppress(OSError):
-                if self._backing.lstat(path).st_ino == ino:
-                    found.append(path)
+            try:
+                if self._backing.lstat(path).st_ino != ino:
+                    continue
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                pass  # it may well be there
+            found.append(path)
         return found
 
     def _referring(self, ino: Ino, content: ContentKey) -> list[bytes]:
         """The paths of a reference that is one, and to this content: the index may be ahead of the tree."""
         found = []
         for path in self._paths(ino):
-            with suppress(OSError, StoreError):
+            try:
                 reference = self._backing.read_reference(path)
-                if reference is not None and reference.content == content:
-                    found.append(path)
+                if reference is None or reference.content != content:
+                    continue
+            except (FileNotFoundError, NotADirectoryError, StoreError):
+                continue
+            except OSError:
+                pass  # it is what the index says, as far as can be known
+            found.append(path)
         return found
 
     def _look_at_file(self, ino: Ino, record: FileRecord, paths: list[bytes], report: Report, pace: Pace) -> _Look:

@@ -25,9 +25,9 @@ from .backing import NO_ROOM, Backing
 from .digest import Checkpoint, proceed
 from .errors import DedupfsError, IndexDamaged, StoreError
 from .index import Batch, Index
-from .journal import Entry, Journal, Recording
+from .journal import Entry, Journal, Recording, Touched
 from .matching import NOTHING, Looked, Matcher
-from .model import ContentKey, Digest, FileState, Ino, Learned
+from .model import ContentKey, Digest, FileState, Ino, Learned, Stamp
 from .openfiles import RELEASE_S, Gate, GivenUp, InUse, Key, OpenFiles
 from .readahead import ReadAhead
 from .reserve import Reserve
@@ -62,6 +62,7 @@ def _always_loud() -> str:
 class _Pending:
     path: bytes
     digest: Digest | None = None  # computed while the file was written
+    stamp: Stamp | None = None  # that it had when it was closed; None when an app has set its times since
     is_offered: bool = False  # by a scan or a name: it may be a reference that is not counted
 
 
@@ -92,10 +93,12 @@ class Settler:
         self._working: dict[Ino, _Pending] = {}  # the one in hand
         self._settled: dict[Ino, _Pending] = {}  # done, and not committed yet
         self._postponed: dict[Ino, bytes] = {}
+        self._put_off: set[Ino] = set()  # offered, and queued again when an app has closed them
         self._complained: set[Ino] = set()  # once in a mount is enough
         self._tried_at = 0.0
         self._journal = Journal()
         self._unreferenced: set[ContentKey] = set()  # contents whose blob may have lost its last reference
+        self._for_trash: set[ContentKey] = set()  # those of which nobody ever knew one
         self._remove_at_s = 0.0  # when it is tried again, after there was no room to remove one
         self._moved_directories: list[bytes] | None = None
         self._changed_at = 0.0  # when an app last changed something
@@ -106,6 +109,7 @@ class Settler:
         self._owed_until_s = 0.0  # when the rate allows for all that was done; and if that is
         self._rest_until_s = 0.0  # some time ahead, when the next file may be taken
         self._stopping = False
+        self._leaving = False  # the end is near: what cannot be written now is not waited for
         self._awake = False  # the thread knows that there is work
         self._thread: threading.Thread | None = None
         self._batch_lock = threading.Lock()
@@ -121,22 +125,38 @@ class Settler:
         # Settling waits for it.
         self.on_settled: Callable[[list[Learned]], None] = _nobody
 
-    def attach(self, matcher: Matcher, recording: Recording, unlink_blob: Callable[[ContentKey], None]) -> None:
-        """What it works with; each of them notes or queues something here, and so comes later."""
-        self._matcher, self._recording, self._unlink_blob = matcher, recording, unlink_blob
+    def attach(
+        self,
+        matcher: Matcher,
+        recording: Recording,
+        unlink_blob: Callable[[ContentKey], None],
+        discard_blob: Callable[[ContentKey], None],
+    ) -> None:
+        """What it works with; each of them notes or queues something here, and so comes later. `discard_blob` keeps a
+        blob for a while."""
+        self._matcher, self._recording = matcher, recording
+        self._unlink_blob, self._discard_blob = unlink_blob, discard_blob
 
     # -- called while apps wait ---------------------------------------------------------------------------------------
 
-    def enqueue(self, ino: Ino, path: bytes, digest: Digest | None = None) -> None:
+    def enqueue(self, ino: Ino, path: bytes, digest: Digest | None = None, stamp: Stamp | None = None) -> None:
         """A file was written and closed."""
         with self._condition:
+            working = self._working.get(ino)
+            is_offered = ino in self._backlog or ino in self._put_off or (working is not None and working.is_offered)
+            self._put_off.discard(ino)
             self._backlog.pop(ino, None)
-            self._fresh[ino] = _Pending(path, digest)
+            queue = self._backlog if is_offered else self._fresh
+            queue[ino] = _Pending(path, digest, stamp, is_offered)
             self._wake()
 
     def note(self, entry: Entry) -> None:
         with self._condition:
             self._journal.append(entry)
+            if isinstance(entry, Touched) and entry.sets_times:
+                for queue in (self._fresh, self._backlog):
+                    if (item := queue.get(entry.ino)) is not None:
+                        item.stamp = None
             self._wake()
 
     def _wake(self) -> None:
@@ -293,13 +313,25 @@ class Settler:
             return bool(waiting) or time.monotonic() - self._changed_at < _CALM_S
 
     @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Inside, what was noted and shared is on its way to the index: what ends the block early, an interruption
+        too, has lost it."""
+        try:
+            yield
+        except BaseException:
+            with self._condition:
+                self.index_is_complete, self.lost_a_batch = False, True
+            raise
+
+    @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, no name and no file changes, and the index holds everything that was noted before."""
         while True:
             with self._batch_lock:
-                batch = self._index.batch()
-                self._apply_journal(batch)
-                self._commit(batch)
+                with self._counting():
+                    batch = self._index.batch()
+                    self._apply_journal(batch)
+                    self._commit(batch)
                 with self._gate.exclusive():
                     if not len(self._journal):
                         with self._condition:
@@ -344,11 +376,17 @@ class Settler:
     def load(self) -> None:
         """Take over the queue of the last clean stop."""
         for ino, path in self._index.load_queue():
-            self._backlog[ino] = _Pending(path)
+            self._backlog[ino] = _Pending(path, is_offered=True)
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="settle", daemon=True)
         self._thread.start()
+
+    def leave(self) -> None:
+        """`stop` will be called, when those have ended who wait for this thread; they are not to wait for room."""
+        with self._condition:
+            self._leaving = True
+            self._condition.notify_all()
 
     def stop(self) -> None:
         """Write the journal to the index, and save what is pending, the file in hand included.
@@ -435,7 +473,8 @@ class Settler:
         """Settle everything pending in the calling thread, for commands without a mount. Raises StoreError."""
         with self.hurried():
             while True:
-                self._work()
+                with self._counting():
+                    self._work()
                 progress(self.settled, self.pending())
                 if not self.pending() and not len(self._journal):
                     return
@@ -518,17 +557,22 @@ class Settler:
 
     def _settle(self, batch: Batch, ino: Ino, item: _Pending) -> Looked:
 
-        def written_digest() -> Digest | None:
+        def written_digest(stamp: Stamp) -> Digest | None:
             """The digest of what was written, unless the file was written and closed again since it was taken."""
             with self._condition:
-                if ino in self._fresh:
+                if ino in self._fresh or ino in self._backlog:
                     raise Changed("written again")
+                if item.stamp is not None and stamp._replace(ctime_ns=item.stamp.ctime_ns) != item.stamp:
+                    return None  # somebody who goes around the mount wrote to it since it was closed
                 return item.digest
 
         for _ in range(_MOST_MOVES):
             try:
                 return self._matcher.settle(batch, ino, item.path, written_digest)
             except (InUse, GivenUp):
+                with self._condition:
+                    if item.is_offered:
+                        self._put_off.add(ino)
                 if not self._openfiles.settle_when_closed(Key(self._device, ino)):
                     self._again(ino, item)
             except (FileNotFoundError, NotADirectoryError):
@@ -539,14 +583,24 @@ class Settler:
             except IndexDamaged:
                 raise  # what was learned so far may be a reference that nobody counted
             except (OSError, DedupfsError) as error:
+                self._doubt(batch, ino)
                 self._fail(item.path, error)
             except Exception:
                 # A bug that one file meets must not leave all others unsettled. What was shared is noted already.
+                self._doubt(batch, ino)
                 log.exception("%s cannot be settled", os.fsdecode(item.path))
                 self.failures += 1
             return NOTHING
         self._again(ino, item)
         return NOTHING
+
+    @staticmethod
+    def _doubt(batch: Batch, ino: Ino) -> None:
+        """Its record may be of what it was before: no change of attributes is to make that look true. One of a
+        reference keeps a blob."""
+        record = batch.file(ino)
+        if record is not None and record.state is not FileState.REFERENCE:
+            batch.doubt_file(ino)
 
     def _find_again(self, batch: Batch, ino: Ino, item: _Pending) -> bool:
         """A file is not where it was closed: whether it is somewhere else, which is then in `item`."""
@@ -568,12 +622,13 @@ class Settler:
         log.warning("%s is not settled: %s", os.fsdecode(path), error)
         if isinstance(error, PermissionError):
             with suppress(OSError):
-                if not self._backing.may_be_reference(self._backing.lstat(path)):
+                if self._backing.is_no_reference(self._backing.lstat(path)):
                     return  # it has bytes of its own: we do not know them, but no blob is at stake
         self.failures += 1
 
     def _again(self, ino: Ino, item: _Pending) -> None:
         with self._condition:
+            self._put_off.discard(ino)
             queue = self._backlog if item.is_offered else self._fresh
             queue.setdefault(ino, _Pending(item.path, is_offered=item.is_offered))
 
@@ -587,13 +642,13 @@ class Settler:
                 if self._frees(batch) and self._reserve.give():
                     continue  # now that there is room for it
                 with self._condition:
-                    if self._thread is None or self._stopping:
+                    if self._thread is None or self._stopping or self._leaving:
                         raise
                     if not told:
                         log.error("%s; trying again until it can be", error)
                         told = True
                     self.index_error = str(error)
-                    self._condition.wait_for(lambda: self._stopping, _RETRY_S)
+                    self._condition.wait_for(lambda: self._stopping or self._leaving, _RETRY_S)
                 continue
             self.index_error = ""
             self._unreferenced |= batch.dereferenced
@@ -620,10 +675,12 @@ class Settler:
         for ino, path in postponed.items():
             self.offer(ino, path)
 
-    def suspect(self, content: ContentKey) -> None:
+    def suspect(self, content: ContentKey, *, to_trash: bool) -> None:
         """Have the blob of this content removed, unless something refers to it after all."""
         with self._condition:
             self._unreferenced.add(content)
+            if to_trash:
+                self._for_trash.add(content)
             self._condition.notify_all()
 
     def _remove_unreferenced(self) -> None:
@@ -645,7 +702,10 @@ class Settler:
     def _remove(self, content: ContentKey) -> bool:
         """Answers whether it is of use to go on with others."""
         try:
-            self._unlink_blob(content)
+            (self._discard_blob if content in self._for_trash else self._unlink_blob)(content)
+            self._for_trash.discard(content)
+        except FileNotFoundError:
+            self._for_trash.discard(content)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 log.warning("blob %s cannot be removed; the next scan tries again: %s", content.name, error)

@@ -112,8 +112,8 @@ class ReflinkSharing:
                 st = self._backing.lstat(file.path)
             except FileNotFoundError:
                 raise Changed("gone") from None
-            if Key.of(st) != file.key:
-                raise Changed("renamed or removed meanwhile")
+            if Key.of(st) != file.key or Stamp.of(st) != file.stamp:
+                raise Changed("renamed, removed or written meanwhile")
             self._note(Shared(st, file.link, file.path, FileState.SHARED, content))
 
 
@@ -164,7 +164,7 @@ class ReferenceSharing:
         self._become_blob(good, rotten, "heal", self._blobs.supersede)
 
     def _become_blob(
-        self, known: Settled, content: ContentKey, label: str, enter: Callable[[bytes, ContentKey], None]
+        self, known: Settled, content: ContentKey, label: str, enter: Callable[[bytes | int, ContentKey], None]
     ) -> None:
         if not self._backing.is_on_disk(os.fstat(known.fd)):
             self._backing.fdatasync(known.fd)
@@ -176,25 +176,26 @@ class ReferenceSharing:
             staged, staged_fd = self._stage(known, reference, label)
             spare = [staged_fd]
             try:
+                # Opened again: a duplicate would keep the lease that the settler has on it, and the kernel makes a
+                # writer in passthrough wait for that.
+                spare.insert(0, os.open(f"/proc/self/fd/{known.fd}", os.O_RDONLY))
                 for _ in self._openfiles.handles_of(known.key):
                     spare.append(self._backing.open(staged, os.O_RDONLY))
-                enter(known.path, content)
+                enter(known.fd, content)
                 if not self._backing.orders_metadata:
                     self._blobs.flush_name(content)
                 st = self._replace(known, staged, staged_fd, content)
             except BaseException as error:
                 # Whatever name the blob got, `sweep` would take it back for as long as the leftover is there.
-                self._take_back(staged)
-                for fd in spare:
-                    os.close(fd)
+                try:
+                    self._take_back(staged)
+                finally:
+                    for fd in spare:
+                        os.close(fd)
                 if isinstance(error, FileExistsError) and self._blobs.usable(content):
                     raise Changed("published meanwhile") from None
                 raise
-            try:
-                self._openfiles.follow(known.key, Key.of(st), reference, known.fd, spare)
-            except OSError as error:
-                # Nothing to undo: they read the right bytes.
-                log.error("readers of %s see the attributes of its blob: %s", os.fsdecode(known.path), error)
+            self._openfiles.follow(known.key, Key.of(st), reference, spare)
             if self._openfiles.is_passed_through(Key.of(st)):
                 with suppress(OSError):  # then no writer is let in beside them
                     self._blobs.seal(content)
@@ -272,6 +273,8 @@ class ReferenceSharing:
         directory = os.path.dirname(file.path)
         before = self._backing.lstat(directory)
         link = Link(Ino(before.st_ino), os.path.basename(file.path))
+        if Key.of(self._backing.lstat(file.path)) != file.key:
+            raise Changed("replaced meanwhile")  # by somebody who goes around the mount
         self._backing.rename(staged, file.path)
         st = os.fstat(staged_fd)
         self._note(Shared(st, link, file.path, FileState.REFERENCE, content, replaced=file.key.ino))
@@ -396,7 +399,12 @@ class ReferenceSharing:
                 if label == b"publish":
                     self._blobs.remove(reference.content)
                 else:
-                    self._blobs.detach(reference.content)
+                    try:
+                        self._blobs.detach(reference.content)
+                    except OSError as error:
+                        # Better none than one that the file's next writer changes: the next settling heals it.
+                        log.error("blob %s cannot get an inode of its own: %s", reference.content.name, error)
+                        self._blobs.remove(reference.content)
         if label == b"heal":
             self._blobs.drop_from_quarantine(int(ino))
         self._backing.unlink(staged)

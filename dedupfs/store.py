@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import os
+import stat
 import uuid
 from contextlib import suppress
 from typing import Self
@@ -72,6 +73,9 @@ class Store:
         try:
             with suppress(FileExistsError):
                 backing.mkdir(STORE_DIRECTORY, 0o700)
+            st = backing.lstat(STORE_DIRECTORY)
+            if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid() or st.st_mode & 0o022:
+                raise SourceError(f"{shown}/.dedupfs is not ours alone, and others could change what is in it")
             self._lock_fd = backing.open(_LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             reason = error.strerror
@@ -83,6 +87,8 @@ class Store:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Busy(f"{shown} is in use by another dedupfs ({self._owner()})") from None
+            if not self._is_locked():
+                raise Busy(f"the store in {shown} was removed just now; try again")
             self.uuid = self._read_or_write_format()
             st = backing.lstat(_FORMAT)
             # The index names inodes by number. A copy of the store, file by file, has other numbers, and another time
@@ -97,6 +103,13 @@ class Store:
             os.close(self._lock_fd)
             raise
 
+    def _is_locked(self) -> bool:
+        """Whether the file that we have locked is the one that others will: `leave` removes it while it holds it."""
+        try:
+            return os.path.samestat(self._backing.lstat(_LOCK), os.fstat(self._lock_fd))
+        except FileNotFoundError:
+            return False
+
     def _owner(self) -> str:
         daemon = read_daemon(self._backing)
         return f"mounted at {daemon['mountpoint']}, pid {daemon['pid']}" if daemon else "an offline command"
@@ -105,6 +118,9 @@ class Store:
         shown = os.fsdecode(self._backing.source + b"/" + _FORMAT)
         raw = read_whole(self._backing, _FORMAT)
         if not raw:
+            if self._has_blobs():
+                # What their references are called is not known any more; under the wrong name nothing refers to them.
+                raise StoreError(f"{shown} is missing, though there are blobs; restore it from a backup of the store")
             # Empty is what a crash between creating and writing leaves; nothing else can exist before it is written.
             identity = str(uuid.uuid4())
             record = {"version": FORMAT_VERSION, "uuid": identity, "references": self._namespace}
@@ -133,6 +149,12 @@ class Store:
             maker = "root" if references == "trusted" else "an ordinary user"
             raise SourceError(f"the store in {shown} was made by {maker}; run dedupfs as who made it")
         return identity
+
+    def _has_blobs(self) -> bool:
+        try:
+            return any(entry.is_dir(follow_symlinks=False) for entry in self._backing.scandir(BLOBS))
+        except FileNotFoundError:
+            return False
 
     def _leave_readme(self) -> None:
         """For who finds the archive and has no dedupfs. A full disk is no reason not to go on without it."""
@@ -206,9 +228,14 @@ def source_above(backing: Backing, path: bytes) -> bytes:
     """The directory on the way to `path`, if there is one, that is a source itself: what is in it is that store's
     business. Else ROOT."""
     while path := path.rpartition(b"/")[0]:
-        with suppress(OSError):
+        try:
             backing.lstat(path + b"/" + _FORMAT)
-            return path
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                continue
+        return path  # also where we may not look
     return ROOT
 
 

@@ -29,7 +29,7 @@ class Discarded:
 
 
 class Trash:
-    """The trash of an owned store that nobody serves."""
+    """The trash of an owned store. While it is served, only `put`, inside the exclusive gate."""
 
     def __init__(self, backing: Backing) -> None:
         self._backing = backing

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
+from .asking import supplementary_groups
 from .backing import RENAME_EXCHANGE, RENAME_NOREPLACE, Backing
 from .errors import StoreError
 from .fileio import FileIo
@@ -24,6 +25,7 @@ from .settle import Settler
 OUR_XATTRS = b"user.dedupfs."
 _RESERVED_XATTRS = (OUR_XATTRS, b"trusted.dedupfs.")
 _DEFAULT_ACL = b"system.posix_acl_default"
+_ACCESS_ACL = b"system.posix_acl_access"
 _CAPABILITY = b"security.capability"
 
 
@@ -86,6 +88,8 @@ class Vfs:
         """The backing path. Raises ENOENT for the store; an open file that was unlinked is among the orphans."""
         if path.startswith(STORE_DIRECTORY) and path[len(STORE_DIRECTORY) :][:1] in (b"", b"/"):
             raise _errno(errno.ENOENT)
+        if self._orphans.is_stale(path):
+            raise _errno(errno.ESTALE)  # the kernel looks its name up again
         return self._orphans.path(path) or path
 
     def _resolve_new(self, path: bytes) -> bytes:
@@ -153,7 +157,7 @@ class Vfs:
         """The entries from a position on, without . and .. . At position 0 the names are read anew; what has been made
         since is not shown, what has been removed is left out, and attributes are those of now."""
         if not position:
-            at_root = os.fstat(directory.fd).st_ino == self._backing.root_ino
+            at_root = Key.of(os.fstat(directory.fd)) == Key(self._backing.device, self._backing.root_ino)
             found = map(os.fsencode, self._names_in(directory.fd))
             directory.names = [name for name in found if not (at_root and name == STORE_DIRECTORY)]
         for following in range(position + 1, len(directory.names) + 1):
@@ -194,7 +198,20 @@ class Vfs:
         if not self._backing.privileged or (caller.uid, caller.gid) == (0, 0):
             return
         parent = self._backing.lstat(os.path.dirname(path))
-        self._backing.chown(path, caller.uid, -1 if parent.st_mode & stat.S_ISGID else caller.gid)
+        # Mounted with grpid, the filesystem gives everything the directory's group.
+        inherited = parent.st_mode & stat.S_ISGID or self._backing.lstat(path).st_gid != os.getegid()
+        self._backing.chown(path, caller.uid, -1 if inherited else caller.gid)
+
+    @staticmethod
+    @contextmanager
+    def _or_undo(undo: Callable[[bytes], None], path: bytes) -> Iterator[None]:
+        """What cannot be given to who made it (EDQUOT, say) was not made."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                undo(path)
+            raise
 
     def _with_set_ids(self, path: bytes, mode: int) -> int:
         """The mode the backing filesystem gave (a default ACL may have taken bits off), with what chown took off."""
@@ -227,9 +244,10 @@ class Vfs:
         with self._gate.shared():
             mode = self._mode(path, mode, caller)
             self._backing.mknod(path, mode, device)
-            self._give(path, caller)
-            if mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
-                self._backing.chmod(path, self._with_set_ids(path, mode))
+            with self._or_undo(self._backing.unlink, path):
+                self._give(path, caller)
+                if mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
+                    self._backing.chmod(path, self._with_set_ids(path, mode))
             if stat.S_ISREG(mode):
                 st = self._backing.lstat(path)
                 if st.st_dev == self._backing.device:
@@ -239,15 +257,18 @@ class Vfs:
         path = self._resolve_new(path)
         with self._gate.shared():
             self._backing.mkdir(path, self._mode(path, mode, caller))
-            self._give(path, caller)
+            with self._or_undo(self._backing.rmdir, path):
+                self._give(path, caller)
             st = self._backing.lstat(path)
-            self._settler.note(DirectoryNamed(Ino(st.st_ino), self._backing.link_of(path)))
+            if st.st_dev == self._backing.device:  # another filesystem has numbers of its own
+                self._settler.note(DirectoryNamed(Ino(st.st_ino), self._backing.link_of(path)))
 
     def symlink(self, target: bytes, path: bytes, caller: Caller) -> None:
         path = self._resolve_new(path)
         with self._gate.shared():
             self._backing.symlink(target, path)
-            self._give(path, caller)
+            with self._or_undo(self._backing.unlink, path):
+                self._give(path, caller)
 
     def link(self, path: bytes, new: bytes) -> os.stat_result:
         """Answers the attributes of the inode, which other names show as well."""
@@ -255,9 +276,11 @@ class Vfs:
         with self._gate.shared():
             self._backing.link(path, new)
             st = self._backing.lstat(new)
-            if stat.S_ISREG(st.st_mode):
+            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
                 # The old name as well: only settling has noted it, and that may go by the new one now.
                 for name in (path, new):
+                    if is_hidden(name):
+                        continue  # an orphan, of which nobody is told
                     self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(name), name))
             return st
 
@@ -293,11 +316,31 @@ class Vfs:
         with self._gate.shared():
             st = self._backing.lstat(path)
             link = self._backing.link_of(path)
-            self._orphans.take_in(path, name, st)
+            try:
+                self._orphans.take_in(path, name, st)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # On another filesystem: it stays where it is under libfuse's name, and libfuse removes it.
+                hidden = _beside(path, name)
+                self._backing.rename(path, hidden)
+                self._note_moved(st, link, self._backing.link_of(hidden), hidden)
+                return st
             if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
                 self._settler.note(Unnamed(Ino(st.st_ino), link, gone=False))
         self._orphans.let_go(Key.of(st))
         return st
+
+    def put_back(self, name: bytes, path: bytes) -> None:
+        """Undo `hide`: what was to take the place of the file did not come."""
+        path = self._resolve(path)
+        with self._gate.shared():
+            orphan = self._orphans.named(name) or _beside(path, name)
+            self._backing.link(orphan, path)  # the orphan stays for now, since libfuse goes on asking for it
+            self._orphans.put_back(name, Key.of(self._backing.lstat(os.path.dirname(path))))
+            st = self._backing.lstat(path)
+            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
+                self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
 
     @contextmanager
     def _pinned(self, path: bytes) -> Iterator[int]:
@@ -319,7 +362,9 @@ class Vfs:
         # Pinned, so that no new directory gets the number before this is noted.
         with self._gate.shared(), self._pinned(path) as fd:
             self._backing.rmdir(path)
-            self._settler.note(DirectoryNamed(Ino(os.fstat(fd).st_ino), None))
+            st = os.fstat(fd)
+            if st.st_dev == self._backing.device:
+                self._settler.note(DirectoryNamed(Ino(st.st_ino), None))
 
     def unhide(self, name: bytes, path: bytes, other: bytes) -> bool:
         """Let a file that was just hidden from `path` be there again, if it is what is at `other` as well: renaming
@@ -327,12 +372,12 @@ class Vfs:
         path, other = self._resolve(path), self._resolve(other)
         with self._gate.shared():
             st = self._backing.lstat(other)
-            orphan = self._orphans.path(name)
+            orphan = self._orphans.named(name)
             if orphan is None or Key.of(self._backing.lstat(orphan)) != Key.of(st):
                 return False
             # The orphan stays beside it, since libfuse goes on asking for it by that name.
             self._backing.link(orphan, path)
-            if stat.S_ISREG(st.st_mode):
+            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
                 self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
             return True
 
@@ -359,7 +404,7 @@ class Vfs:
                 if replaced is not None:
                     replaced = os.fstat(pinned)
                     self._note_unnamed(replaced, new_link)
-                    if stat.S_ISDIR(replaced.st_mode):
+                    if stat.S_ISDIR(replaced.st_mode) and replaced.st_dev == self._backing.device:
                         self._settler.note(DirectoryNamed(Ino(replaced.st_ino), None))
                 self._settler.moved({path: new}, _files(st))
             self._note_moved(st, old_link, new_link, new)
@@ -367,10 +412,12 @@ class Vfs:
 
     def _note_moved(self, st: os.stat_result, old: Link, new: Link, path: bytes) -> None:
         ino = Ino(st.st_ino)
+        if st.st_dev != self._backing.device:
+            return
         if stat.S_ISDIR(st.st_mode):
             self._settler.note(DirectoryNamed(ino, new))
             self._settler.directory_moved(path)
-        elif stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
+        elif stat.S_ISREG(st.st_mode):
             self._settler.note(Unnamed(ino, old, gone=False))
             self._settler.note(Named(ino, new, path))
 
@@ -399,21 +446,24 @@ class Vfs:
                 self._backing.futimens(handle.own_fd, times)
             else:
                 self._backing.utimensat(self._resolve(path or ROOT), times)
-            self._note_touched(path, handle)
+            self._note_touched(path, handle, sets_times=True)
 
-    def _note_touched(self, path: bytes | None, handle: Handle | None, *, privileges: bool = False) -> None:
+    def _note_touched(
+        self, path: bytes | None, handle: Handle | None, *, privileges: bool = False, sets_times: bool = False
+    ) -> None:
         if handle is not None:
             if privileges:
                 handle.inode.privileges_checked = False
             found = self._backing.path_of(handle.own_fd)
-            if found is not None:
-                self._settler.note(Touched(handle.inode.key.ino, found))
+            if found is not None and handle.inode.key.device == self._backing.device:
+                self._settler.note(Touched(handle.inode.key.ino, found, sets_times))
             return
         st = self._backing.lstat(self._resolve(path or ROOT))
         if stat.S_ISREG(st.st_mode):
             if privileges and (inode := self._openfiles.get(Key.of(st))) is not None:
                 inode.privileges_checked = False
-            self._settler.note(Touched(Ino(st.st_ino), path or ROOT))
+            if st.st_dev == self._backing.device:
+                self._settler.note(Touched(Ino(st.st_ino), path or ROOT, sets_times))
 
     # -- extended attributes ------------------------------------------------------------------------------------------
 
@@ -427,12 +477,18 @@ class Vfs:
             raise _errno(errno.ENODATA)
         return self._backing.getxattr(path, name)
 
-    def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int) -> None:
+    def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
         backing_path = self._resolve(path)
         if name.startswith(_RESERVED_XATTRS):
             raise _errno(errno.EPERM)
         with self._gate.shared():
             self._backing.setxattr(backing_path, name, value, flags)
+            if name == _ACCESS_ACL and self._backing.privileged and caller.uid:
+                # As the backing filesystem does for who sets it, for whom it takes us (posix_acl_update_mode).
+                st = self._backing.lstat(backing_path)
+                groups = [caller.gid, *(supplementary_groups(caller.pid) or [])]
+                if st.st_mode & stat.S_ISGID and not stat.S_ISDIR(st.st_mode) and st.st_gid not in groups:
+                    self._backing.chmod(backing_path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
             self._note_touched(path, None, privileges=name == _CAPABILITY)
 
     def listxattr(self, path: bytes, caller: Caller) -> list[bytes]:
@@ -446,6 +502,10 @@ class Vfs:
         with self._gate.shared():
             self._backing.removexattr(backing_path, name)
             self._note_touched(path, None)
+
+
+def _beside(path: bytes, name: bytes) -> bytes:
+    return path[: path.rfind(b"/") + 1] + name
 
 
 def _full_blocks(st: os.stat_result) -> int:

@@ -184,7 +184,7 @@ class App:
         dressed = State.of(data, mode=mode, owner=owner, mtime_ns=mtime_ns, xattrs=named)
         with self._call("dress", [{path: State.of(data)}, {path: dressed}], [{path: State.of(data)}]):
             for name, value in (xattrs or {}).items():
-                self._vfs.setxattr(encoded, os.fsencode(name), value, 0)
+                self._vfs.setxattr(encoded, os.fsencode(name), value, 0, self.caller)
             self._vfs.chown(encoded, None, *owner)
             self._vfs.chmod(encoded, None, mode)
             seconds, ns = divmod(mtime_ns, 10**9)

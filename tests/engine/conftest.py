@@ -5,6 +5,7 @@ DEDUPFS_TEST_FILESYSTEM=btrfs (or xfs) puts it on another filesystem where a tes
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,12 @@ def bench(request: pytest.FixtureRequest, filesystem_pool: FilesystemPool) -> It
         made.finish()
     finally:
         remove_tree(source)
+
+
+@pytest.fixture
+def beside(bench: Bench) -> Iterator[Path]:
+    """A directory on the same filesystem, outside of the source."""
+    path = bench.source.with_name(bench.source.name + " beside")
+    path.mkdir()
+    yield path
+    remove_tree(path)

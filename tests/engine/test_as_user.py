@@ -1,7 +1,9 @@
 """Without root: references are kept in user.*, blobs are the user's own, and permissions bind dedupfs itself."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from dedupfs.engine import rebuild
 from dedupfs.errors import DedupfsError
 from tests.support.acting import as_user
 from tests.support.filesystems import FilesystemPool, Unsupported, remove_tree
+from tests.support.tools import attempt, needs_root
 
 from .bench import BLOCK, ME, Bench, Running, Tampered, content, silent
 
@@ -142,6 +145,26 @@ def test_restoring_what_may_not_be_written(run: Run, mode: int) -> None:
     run(test)
 
 
+def test_the_mode_of_what_cannot_be_restored(run: Run) -> None:
+    """It was made writable for that, and is no longer when its blob turns out to be missing."""
+
+    def test(bench: Bench) -> None:
+        share(bench, "one", "two")
+        bench.engine.vfs.chmod(b"one", None, 0o444)
+        bench.settle()
+        blob, aside = bench.the_blob(), bench.source / ".dedupfs/aside"
+        os.rename(blob, aside)
+        bench.expect_log("is missing")
+        answer = bench.engine.restore([b"one"], silent)
+        os.rename(aside, blob)
+        assert answer["restored"] == 0
+        assert answer["failed"]
+        assert bench.below("one").stat().st_mode & 0o7777 == 0o444
+        assert bench.read("one") == DATA
+
+    run(test)
+
+
 def test_what_may_not_be_read_keeps_its_blob(run: Run) -> None:
     """chmod 000 of a reference: dedupfs cannot see what it is, and must not take its blob for unused."""
 
@@ -199,6 +222,67 @@ def test_a_file_that_may_not_be_read_is_left_alone(run: Run) -> None:
         assert bench.state("one") == "reference"
 
     run(test)
+
+
+@needs_root
+def test_another_users_store_below(bench: Bench, beside: Path) -> None:
+    """What is in it is that store's business, though we may not look into it."""
+    inner = Bench(beside / "inner")
+    inner.source.mkdir()
+    inner.open()
+    inner.scan()
+    inner.close()
+    for name in ("inner/one", "two"):
+        (beside / name).write_bytes(DATA)
+    for name in ("", "inner", "inner/one", "two"):
+        os.chown(beside / name, ALICE, ALICE)
+
+    def act() -> None:
+        outer = Bench(beside)
+        outer.expect_log("cannot list", "could not look at everything")
+        outer.expect_findings("readable")
+        outer.open()
+        outer.scan()
+        outer.finish()
+
+    as_user(ALICE, act)
+    inner.open()
+    assert inner.read("one") == DATA
+    inner.scan()
+    inner.finish()
+
+
+@needs_root
+def test_the_users_store_without_its_format(bench: Bench, beside: Path) -> None:
+    """Nobody knows any more how its references are kept: to root they are files of zeros. Their blob is not removed."""
+    os.chown(beside, ALICE, ALICE)
+
+    def act() -> None:
+        made = Bench(beside)
+        made.open()
+        made.scan()
+        share(made, "one", "two")
+        made.finish()
+
+    as_user(ALICE, act)
+    (beside / ".dedupfs/format").unlink()
+    with suppress(DedupfsError):
+        rebuild(str(beside), silent)
+    assert any(path.is_file() and path.read_bytes() == DATA for path in beside.rglob("*"))
+
+
+@needs_root
+@pytest.mark.parametrize("command", [["rebuild"], ["fsck", "--repair"], ["gc", "--keep", "0"], ["leave"]], ids=" ".join)
+def test_root_who_may_not_see_its_references(bench: Bench, command: list[str]) -> None:
+    """In a container, say: without CAP_SYS_ADMIN there seem to be no trusted xattrs."""
+    share(bench, "one", "two")
+    bench.close()
+    without = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
+    done = attempt(*without, sys.executable, "-m", "dedupfs", *command, bench.source)
+    assert done.returncode
+    assert len(bench.blobs()) == 1
+    bench.open()
+    assert bench.read("one") == bench.read("two") == DATA
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root and somebody else")

@@ -319,7 +319,7 @@ def test_a_forged_reference_is_hidden_from_apps(bench: Bench) -> None:
     bench.write("one", DATA)
     for name in (bench.reference_xattr, "user.dedupfs.ref", "trusted.dedupfs.ref", "user.dedupfs.digest"):
         with pytest.raises(OSError) as caught:
-            bench.engine.vfs.setxattr(b"one", name.encode(), b"x", 0)
+            bench.engine.vfs.setxattr(b"one", name.encode(), b"x", 0, ME)
         assert caught.value.errno == errno.EPERM
         with pytest.raises(OSError) as caught:
             bench.engine.vfs.removexattr(b"one", name.encode())

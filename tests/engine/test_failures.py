@@ -3,21 +3,27 @@
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
 
 import pytest
 
 from dedupfs.backing import Backing
 from dedupfs.config import MountOptions, Share
+from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.engine import Engine
-from dedupfs.errors import Busy, IndexDamaged, Unavailable
+from dedupfs.errors import Busy, DamagedContent, IndexDamaged, Unavailable
 from dedupfs.index import Batch, Index
+from dedupfs.model import Digest
+from dedupfs.reconcile import Reconciler
 
-from .bench import BLOCK, ME, Bench, Tampered, content
+from .bench import BLOCK, ME, PATIENCE_S, Bench, Running, Tampered, content
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
+OTHER = content("other", len(DATA))
 
 
 class Failing(Tampered):
@@ -168,6 +174,63 @@ def test_a_copy_that_cannot_refer_is_of_bytes(bench: Bench, failing: str) -> Non
     assert not bench.is_reference("copy")
     bench.append("copy", b"more")
     assert bench.read("copy") == DATA + b"more"
+
+
+def test_a_record_that_does_not_go_from_an_emptied_file(bench: Bench) -> None:
+    """Where a quota of btrfs is used up, no xattr goes. What is written beside the record of a reference would be
+    nobody's content: it is refused until the record can go."""
+    backing = Failing(bench.source)
+    bench.reopen(backing=backing)
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    backing.only, backing.error, backing.always, backing.fails_at = "fremove_reference", errno.EDQUOT, True, 0
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)):
+        bench.truncate("one", 0)
+    written = b""
+    with suppress(OSError):
+        bench.append("one", OTHER)
+        written = OTHER
+    backing.fails_at = -1
+    assert bench.read("one") == written
+    bench.append("one", b"more")
+    assert bench.read("one") == written + b"more"
+    assert bench.read("two") == DATA
+
+
+def test_healing_that_cannot_be_undone(bench: Bench) -> None:
+    """A copy has become the blob, and there is room neither to go on nor to give the blob an inode of its own: better
+    there is no blob than one that is an app's file as well."""
+    bench.expect_log(
+        "cannot share three now", "cannot get an inode of its own", "was (damaged|missing); healed with four"
+    )
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    blob = bench.the_blob()
+    with open(blob, "rb") as file:
+        Backing.fset_immutable(file.fileno(), immutable=False)
+    blob.chmod(0o600)
+    blob.write_bytes(OTHER)
+    bench.write("three", DATA)
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if (name == "rename" and arguments[1] == b"three") or name == "copy_range":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    backing.before = before
+    bench.settle()
+    backing.before = lambda name, arguments: None
+    bench.write_at("three", b"CHANGED", 0)
+    assert bench.read("three") == b"CHANGED" + DATA[7:]
+    with suppress(DamagedContent):
+        assert bench.read("one") == DATA
+    bench.write("four", DATA)
+    bench.settle()
+    assert bench.read("one") == bench.read("two") == bench.read("four") == DATA
+    bench.reopen()  # which sweeps what could not be removed
 
 
 # -- a blob that cannot be removed: where a quota of btrfs is used up, the immutable flag does not come off
@@ -354,6 +417,7 @@ def test_the_index_is_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
     bench.write("again", DATA)
     bench.settle()
     assert bench.is_reference("again")
+    bench.expect_findings("clean")  # a batch was lost: the next start walks
 
 
 def test_killed_while_the_index_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +437,62 @@ def test_killed_while_the_index_cannot_be_written(bench: Bench, monkeypatch: pyt
     bench.scan()
     assert bench.read("three") == DATA
     assert len(bench.blobs()) == 1
+
+
+def test_a_batch_is_lost_beside_no_mount(bench: Bench) -> None:
+    """A command shares a file, and cannot write that down: no blob goes after its orderly end."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.write("three", DATA)
+    with no_room(bench), pytest.raises(IndexDamaged):
+        bench.settle()
+    check_that_nothing_uncounted_is_lost(bench, "three", "one", "two")
+
+
+def test_names_are_lost_as_somebody_asks_for_quiet(bench: Bench) -> None:
+    bench.write("one", DATA)
+    bench.settle()
+    bench.copy("one", "two")
+    with no_room(bench), pytest.raises(IndexDamaged), bench.engine.settler.quiet():
+        pass
+    check_that_nothing_uncounted_is_lost(bench, "one", "two")
+
+
+def test_interrupted_beside_no_mount(bench: Bench) -> None:
+    """Ctrl-C in the middle of a scan, when a file was shared and that is not written down."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.close()
+    bench.put("three", DATA)
+    for number in range(20):
+        bench.put(f"unique {number}", content(f"unique {number}"))
+
+    def hasher(fd: int, checkpoint: Checkpoint = proceed) -> Digest:
+        if bench.is_reference("three"):
+            raise KeyboardInterrupt
+        return hash_descriptor(fd, checkpoint)
+
+    bench.open(hasher=hasher)
+    with pytest.raises(KeyboardInterrupt):
+        bench.scan()
+    check_that_nothing_uncounted_is_lost(bench, "three", "one", "two")
+
+
+def check_that_nothing_uncounted_is_lost(bench: Bench, uncounted: str, *counted: str) -> None:
+    assert bench.is_reference(uncounted)
+    bench.reopen()
+    bench.settle()
+    for name in counted:
+        bench.unlink(name)
+    bench.settle()
+    assert bench.read(uncounted) == DATA
+    bench.scan()
+    assert bench.read(uncounted) == DATA
+    bench.unlink(uncounted)
+    bench.settle()
+    assert bench.blobs() == []
 
 
 def test_a_lost_batch_removes_no_blob_and_is_made_up_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +547,41 @@ def test_no_room_at_the_end(bench: Bench) -> None:
     assert not (bench.source / ".dedupfs/clean").exists()
     bench.recover()
     assert bench.read("two") == DATA
+    assert bench.status()["files"] == 1
+
+
+def test_no_room_at_the_end_while_a_scan_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for names to be written down, which there is no room for: nobody waits for it and for room."""
+    monkeypatch.setattr("dedupfs.settle._RETRY_S", 0.05)
+    bench.crash()
+    bench.open()
+    settler = bench.engine.settler
+    look = Reconciler._offer_uncounted_references
+    is_full = threading.Event()
+    bench.expect_log("cannot be written")
+    with ExitStack() as full:
+
+        def fill(*arguments: Any) -> bool:
+            found = look(*arguments)
+            if not is_full.is_set():
+                full.enter_context(no_room(bench))
+                bench.write("file", DATA)
+                bench.wait_for(lambda: settler.index_error != "")
+                is_full.set()
+            return found
+
+        monkeypatch.setattr(Reconciler, "_offer_uncounted_references", fill)
+        bench.engine.start()
+        assert is_full.wait(PATIENCE_S)
+        closing = Running(bench.close)
+        try:
+            assert closing.ended(PATIENCE_S / 2), "it waits for room"
+        finally:
+            full.close()
+            closing.join()
+    assert not (bench.source / ".dedupfs/clean").exists()
+    bench.recover()
+    assert bench.read("file") == DATA
     assert bench.status()["files"] == 1
 
 

@@ -6,13 +6,14 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dedupfs.backing import Backing
 from dedupfs.codec import decode_reference, encode_reference
 from dedupfs.errors import Busy
-from dedupfs.fsck import Report, fsck
+from dedupfs.fsck import Finding, Report, _try_repair, fsck
 from dedupfs.index import Index
 from dedupfs.model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Reference, Stamp
 from dedupfs.store import Store
@@ -424,10 +425,10 @@ def test_an_unreadable_directory_removes_nothing(store: Bench, monkeypatch: pyte
     store.close()
     scandir = Backing.scandir
 
-    def failing(self: Backing, path: bytes) -> Iterator[os.DirEntry[str]]:
+    def failing(self: Backing, path: bytes, *more: Any) -> Iterator[os.DirEntry[str]]:
         if path == b"d":
             raise OSError(5, "Input/output error")
-        return scandir(self, path)
+        return scandir(self, path, *more)
 
     monkeypatch.setattr(Backing, "scandir", failing)
     store.expect_log("cannot list", "could not look at everything")
@@ -436,6 +437,31 @@ def test_an_unreadable_directory_removes_nothing(store: Bench, monkeypatch: pyte
     assert report.exit_code == 2
     monkeypatch.undo()
     store.open()
+    assert store.read("d/two") == DATA
+    store.close()
+
+
+@pytest.mark.parametrize("other", ["plain", "three"], ids=["a file", "a reference"])
+@pytest.mark.parametrize("breaking", [half_materialised, half_truncated])
+def test_another_file_comes_to_the_path_that_is_repaired(
+    store: Bench, monkeypatch: pytest.MonkeyPatch, breaking: Break, other: str
+) -> None:
+    """It is not what fsck has looked at, and stays as it is."""
+    breaking(store)
+    moved: list[bytes] = []
+
+    def moving(finding: Finding) -> None:
+        if finding.path == b"one" and not moved:
+            moved.append(finding.path)
+            os.rename(store.below(other), store.below("one"))
+        _try_repair(finding)
+
+    monkeypatch.setattr("dedupfs.fsck._try_repair", moving)
+    store.fsck(repair=True)
+    assert moved
+    store.open()
+    store.scan()
+    assert store.read("one") == (content("plain") if other == "plain" else DATA)
     assert store.read("d/two") == DATA
     store.close()
 

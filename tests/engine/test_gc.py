@@ -2,10 +2,13 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dedupfs.backing import Backing
 from dedupfs.errors import Busy
 from dedupfs.gc import Plan, gc
 from dedupfs.model import ContentKey, Digest
@@ -146,6 +149,48 @@ def test_a_doubt_keeps_everything(littered: Bench) -> None:
     assert len(littered.blobs()) == 2
     assert trash(littered) == []
     littered.expect_findings()
+
+
+@pytest.mark.parametrize("how", ["gc", "fsck"])
+def test_what_is_moved_while_it_is_looked_for(bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Both references are always where the walk is not: before it comes there, or when it is gone. Their blob stays."""
+    for directory in ("a", "z"):
+        bench.mkdir(directory)
+    share(bench, "a/one", "a/two")
+    bench.close()
+    stranger = bench.source / ".dedupfs/blobs/stranger"
+    if how == "fsck":
+        stranger.write_bytes(b"so that there is something to repair")
+    decisive = 1 if how == "gc" else 2  # the walk whose answer is acted on
+    listed: list[bytes] = []
+    scandir = Backing.scandir
+
+    def move_to(directory: bytes) -> None:
+        for path in list(bench.source.glob("[az]/*")):
+            os.rename(path, bench.below(os.fsdecode(directory)) / path.name)
+
+    def moving(self: Backing, path: bytes, *more: Any) -> Iterator[os.DirEntry[str]]:
+        if path in (b"a", b"z"):
+            listed.append(path)
+            if len(listed) == 2 * decisive - 1:
+                move_to(b"z" if path == b"a" else b"a")
+            elif len(listed) == 2 * decisive:
+                move_to(listed[-2])
+        return scandir(self, path, *more)
+
+    monkeypatch.setattr(Backing, "scandir", moving)
+    if how == "gc":
+        collect(bench, keep_days=0)
+    else:
+        bench.fsck(repair=True)
+        stranger.unlink()
+    monkeypatch.undo()
+    assert len(listed) >= 2 * decisive
+    assert len(bench.blobs()) == 1
+    bench.open()
+    bench.scan()
+    (one, two) = (str(path.relative_to(bench.source)) for path in bench.source.glob("[az]/*"))
+    assert bench.read(one) == bench.read(two) == DATA
 
 
 def test_leftovers_are_cleared(littered: Bench) -> None:

@@ -24,9 +24,11 @@ from dedupfs.model import Caller, ContentKey, Digest
 from dedupfs.openfiles import Watch
 
 from .bench import BLOCK, ME, PATIENCE_S, Bench, Running, Tampered, content, few_bits, silent
+from .test_failures import Failing
 
 DATA = content("same", 3 * BLOCK + 100)
 OTHER = content("other", len(DATA))
+CHANGED = b"CHANGED" + DATA[7:]
 
 
 class At(Tampered):
@@ -96,6 +98,124 @@ def test_written_while_it_is_hashed(bench: Bench, at: At) -> None:
         bench.scan()
     assert next(writes, None) is None
     assert bench.digest("file") == digest_of(b"CHANGED" + DATA[7:])
+
+
+def test_written_after_the_last_look_at_its_stamp(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is of the former bytes, and must not be put down beside a stamp that the file got later."""
+    digest = matching.Matcher._digest
+    writes = iter([b"CHANGED"])
+    with open(bench.put("file", DATA), "r+b", buffering=0) as outside:
+
+        def late(*arguments: Any) -> Digest:
+            found = digest(*arguments)
+            for data in writes:
+                os.pwrite(outside.fileno(), data, 0)
+            return found
+
+        monkeypatch.setattr(matching.Matcher, "_digest", late)
+        for _ in range(2):
+            bench.scan()
+    assert next(writes, None) is None
+    assert bench.digest("file") == digest_of(CHANGED)
+
+
+@pytest.mark.parametrize("bench", [("reflink", "xfs")], indirect=True, ids="-".join)
+def test_written_after_the_kernel_compared(bench: Bench, at: At) -> None:
+    """It has its extents in common with the other one no more, and its stamp is not that of what was compared."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    with open(bench.below("new"), "r+b", buffering=0) as outside:
+        at.do(lambda: os.pwrite(outside.fileno(), b"CHANGED", 0), name="dedupe", after=True)
+        bench.settle()
+    assert at.done
+    bench.scan()
+    assert bench.digest("new") == digest_of(CHANGED)
+    assert bench.duplicates("known") == []
+
+
+def test_replaced_before_it_is_linked_as_a_blob(bench: Bench, at: At) -> None:
+    """What gets the blob's name is what was compared, not what is at its path by then."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    saved = bench.put("saved", OTHER)
+    at.do(lambda: saved.replace(bench.below("known")), name="link")
+    bench.settle()
+    assert at.done
+    assert bench.read("new") == DATA
+    assert bench.read("known") == OTHER
+
+
+def write_around(bench: Bench, path: str) -> None:
+    """At a later tick of the clock than what was written before."""
+    bench.wait_for(lambda: time.time_ns() - bench.below(path).stat().st_mtime_ns >= matching._TICK_NS)
+    with open(bench.below(path), "r+b", buffering=0) as outside:
+        outside.write(b"CHANGED")
+
+
+def check_what_was_recorded(bench: Bench, path: str) -> None:
+    """A copy may make a blob of a file that was changed; whoever has the former bytes must not take it for his, and
+    heal it."""
+    bench.copy(path, "copy")
+    bench.settle()
+    bench.write("former", DATA)
+    bench.settle()
+    assert bench.read(path) == bench.read("copy") == CHANGED
+    assert bench.read("former") == DATA
+    bench.scan()
+    assert bench.digest(path) == bench.digest("copy") == digest_of(CHANGED)
+    assert bench.duplicates("former") == []
+
+
+def change_attributes(bench: Bench, how: str) -> str:
+    """Of `file`. Answers where it is then."""
+    match how:
+        case "rename":
+            bench.rename("file", "moved")
+            return "moved"
+        case "chmod":
+            bench.engine.vfs.chmod(b"file", None, 0o600)
+        case "times":
+            bench.engine.vfs.utimens(b"file", None, None)
+    return "file"
+
+
+def test_written_around_the_mount_while_it_waits(bench: Bench) -> None:
+    """The digest that was computed while an app wrote it is not that of what was written since."""
+    bench.write("file", DATA)
+    write_around(bench, "file")
+    bench.settle()
+    check_what_was_recorded(bench, "file")
+
+
+@pytest.mark.parametrize("how", ["rename", "chmod"])
+def test_written_around_the_mount_before_its_attributes_change(bench: Bench, how: str) -> None:
+    """The record follows what an app does to the attributes, and must not look as if it were of what was written."""
+    bench.write("file", DATA)
+    bench.settle()
+    write_around(bench, "file")
+    path = change_attributes(bench, how)
+    bench.settle()
+    check_what_was_recorded(bench, path)
+
+
+@pytest.mark.parametrize("how", ["rename", "chmod", "times"])
+def test_what_could_not_be_settled_gets_other_attributes(bench: Bench, how: str) -> None:
+    """Its record is of the former bytes, and must not come to look true by that."""
+    bench.write("file", DATA)
+    bench.settle()
+    backing = Failing(bench.source)
+    bench.reopen(backing=backing)
+    bench.write_at("file", b"CHANGED", 0)
+    backing.only, backing.fails_at, backing.error = "open_quietly", 0, errno.EMFILE
+    bench.expect_log("file is not settled")
+    bench.settle()
+    assert backing.named
+    backing.fails_at = -1
+    path = change_attributes(bench, how)
+    bench.settle()
+    check_what_was_recorded(bench, path)
 
 
 def test_opened_for_writing_while_it_is_hashed(bench: Bench) -> None:
@@ -323,6 +443,33 @@ def test_another_file_comes_to_the_path_whose_extents_are_shared(bench: Bench, a
 # -- the blob
 
 
+def test_no_descriptor_left_for_the_blob_that_its_readers_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known file is open for reading and is to become a blob: who has it open has to know of that, or who writes
+    beside him changes what others read."""
+    bench.expect_log("cannot share new now")
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    really_open = os.open
+    failed: list[str] = []
+
+    def failing(path: str | bytes, flags: int, *arguments: Any, **keywords: Any) -> int:
+        if not failed and os.fsdecode(path).startswith("/proc/self/fd/") and flags == os.O_RDONLY:
+            failed.append(os.fsdecode(path))
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return really_open(path, flags, *arguments, **keywords)
+
+    with bench.opened("known") as reader:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", failing)
+            bench.settle()
+        assert failed
+        assert bench.read_from(reader) == bench.read("known") == DATA
+        bench.write_at("known", b"CHANGED", 0)
+    assert bench.read("known") == CHANGED
+    assert bench.read("new") == DATA
+
+
 def test_a_blob_that_somebody_else_published_meanwhile_stays(bench: Bench, at: At) -> None:
     """Undoing takes back the name that one gave to a file oneself, no other."""
     bench.write("known", DATA)
@@ -338,7 +485,7 @@ def test_a_blob_that_somebody_else_published_meanwhile_stays(bench: Bench, at: A
         blob.chmod(0o400)
         made.append(blob.stat().st_ino)
 
-    at.do(publish, name="link", of=lambda path: path == b"known")
+    at.do(publish, name="link")
     bench.settle()
     assert made == [bench.the_blob().stat().st_ino]
     assert bench.read("known") == bench.read("new") == DATA
@@ -434,9 +581,10 @@ def test_nobody_sees_that_a_directory_changes_as_a_file_in_it_is_shared(bench: B
     assert times == [before]
 
 
+@pytest.mark.parametrize("queue", ["of this mount", "of the last one"])
 @pytest.mark.parametrize("named", ["kept", "gone"])
 def test_a_reference_that_waits_to_be_counted_keeps_its_blob(
-    bench: Bench, at: At, monkeypatch: pytest.MonkeyPatch, named: str
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, named: str, queue: str
 ) -> None:
     """It came from a backup, and a scan met it; then an app moved it, so that it has to be looked at again, and in the
     same moment the last reference that the index knows of was removed."""
@@ -458,9 +606,15 @@ def test_a_reference_that_waits_to_be_counted_keeps_its_blob(
         if named == "gone":
             bench.unlink("one")
 
+    at = At(bench.source)
+    if queue == "of this mount":
+        bench.reopen(backing=at)
+    bench.engine.settler.offer(bench.key("brought").ino, b"brought", just_seen=True)
+    if queue == "of the last one":
+        bench.reopen(backing=at)
+        assert bench.engine.settler.pending() == 1
     # After the first look at it: the second finds another file there.
     at.do(move, name="open_quietly", of=lambda path: path == b"brought", after=True)
-    bench.engine.settler.offer(bench.key("brought").ino, b"brought", just_seen=True)
     bench.settle()
     assert at.done
     assert bench.read("other") == DATA

@@ -14,9 +14,11 @@ from dedupfs.errors import Busy
 from dedupfs.leave import Departure, leave
 from dedupfs.model import ContentKey, Digest
 from dedupfs.restore import Group, room_needed
+from tests.support.tools import needs_root, tool
 
 from .bench import BLOCK, Bench, content, silent
 from .test_damage import DATA, _rot_without_a_trace, unprotect
+from .test_reconcile import Cover
 
 OTHER = content("other", 4 * BLOCK)
 DECIDED = "says what people decided about pictures; move it to where you keep it"
@@ -99,6 +101,25 @@ def test_a_source_below_that_has_the_same_photograph(bench: Bench) -> None:
     assert below.state("one") == "reference"
     assert below.read("one") == DATA
     below.finish()
+
+
+@needs_root
+def test_a_reference_on_another_filesystem_that_is_mounted_below(shared: Bench) -> None:
+    """Somebody moved it there past the mount, as mv does, with its xattrs: it needs its blob wherever it is."""
+    shared.mkdir("mnt")
+    shared.close()
+    cover = Cover(shared)
+    cover.put("mnt")
+    try:
+        tool("mv", shared.below("three"), shared.below("mnt/three"))
+        shared.expect_log("cannot look at", "could not look at everything")
+        assert refusals(shared)
+        tool("mv", shared.below("mnt/three"), shared.below("three"))
+    finally:
+        cover.take_away()
+    shared.open()
+    shared.scan()
+    assert shared.read("three") == shared.read("four") == OTHER
 
 
 def test_everything_is_plain_and_the_store_gone(shared: Bench) -> None:

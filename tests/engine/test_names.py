@@ -1,18 +1,22 @@
 """Names change at any time: while a file is pending, while it is looked at, while its inode number is used again."""
 
+import errno
 import os
 import stat
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from dedupfs.backing import RENAME_EXCHANGE, RENAME_NOREPLACE, Backing
 from dedupfs.digest import Checkpoint
-from dedupfs.model import ContentKey, Ino
+from dedupfs.model import Caller, ContentKey, Ino
 from dedupfs.openfiles import Key
 from dedupfs.sharing import ReflinkSharing, Settled
 from dedupfs.vfs import Directory
+from tests.support.filesystems import tmpfs
+from tests.support.tools import USER, needs_root
 
 from .bench import BLOCK, ME, Bench, Meeting, Running, Tampered, content, in_thread
 from .test_sharing import every_strategy
@@ -531,7 +535,7 @@ def test_attributes_do_not_make_a_file_unknown(known: Bench) -> None:
     vfs.chmod(b"known", None, 0o600)
     vfs.chown(b"known", None, os.geteuid(), os.getegid())
     vfs.utimens(b"known", None, None)
-    vfs.setxattr(b"known", b"user.comment", b"x", 0)
+    vfs.setxattr(b"known", b"user.comment", b"x", 0, ME)
     vfs.removexattr(b"known", b"user.comment")
     known.link("known", "d/link")
     known.rename("known", "d/known")
@@ -619,7 +623,7 @@ def test_a_link_goes_and_then_its_directory_moves(known: Bench, touch: str) -> N
             known.settle()
             known.engine.vfs.chmod(b"d/file", None, 0o600)
         case "xattr":
-            known.engine.vfs.setxattr(b"d/file", b"user.comment", b"x", 0)
+            known.engine.vfs.setxattr(b"d/file", b"user.comment", b"x", 0, ME)
         case "link":
             known.link("d/file", "d/e/third")
     known.rename("d", "moved")
@@ -670,6 +674,54 @@ def test_many_changes_in_one_batch_take_linear_time(bench: Bench) -> None:
         bench.unlink(f"d/x{number}")
     bench.settle()
     assert bench.status()["files"] == 0
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["file", "node", "directory", "symlink"])
+def test_what_cannot_be_given_to_who_made_it_is_not_made(bench: Bench, kind: str) -> None:
+    """His quota is used up: what answers EDQUOT is giving it to him."""
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+
+    def refuse(call: str, arguments: tuple[object, ...]) -> None:
+        if "chown" in call:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    backing.before = refuse
+    vfs = bench.engine.vfs
+    somebody = Caller(uid=USER, gid=USER, pid=os.getpid(), umask=0o022)
+    with pytest.raises(OSError) as raised:
+        match kind:
+            case "file":
+                vfs.create(b"new", os.O_RDWR | os.O_CREAT, stat.S_IFREG | 0o644, somebody)
+            case "node":
+                vfs.mknod(b"new", stat.S_IFREG | 0o644, 0, somebody)
+            case "directory":
+                vfs.mkdir(b"new", 0o755, somebody)
+            case "symlink":
+                vfs.symlink(b"target", b"new", somebody)
+    assert raised.value.errno == errno.EDQUOT
+    assert bench.names() == []
+
+
+# -- listing
+
+
+@needs_root
+def test_the_root_of_another_filesystem_is_listed_as_a_whole(tmp_path: Path) -> None:
+    """It has the inode number of the source, which is the root of a filesystem as well. What is called as the store is
+    there is somebody else's."""
+    with tmpfs(tmp_path / "source") as source, tmpfs(source / "other") as other:
+        assert other.stat().st_ino == source.stat().st_ino
+        (other / ".dedupfs").mkdir()
+        (other / "file").touch()
+        bench = Bench(source)
+        try:
+            bench.open()
+            assert bench.names("other") == [".dedupfs", "file"]
+            assert bench.names() == ["other"]
+        finally:
+            bench.finish()
 
 
 # -- listing a directory in which files come to share, each another inode by the same name

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from dedupfs.index import Batch
 from dedupfs.model import Digest
 from dedupfs.reconcile import Census, Reconciler, Stopped
 from tests.support.filesystems import remove_tree
-from tests.support.tools import needs_root
+from tests.support.tools import needs_root, tool
 
-from .bench import BLOCK, PATIENCE_S, Bench, Meeting, Tampered, content, in_thread, silent
+from .bench import BLOCK, PATIENCE_S, Bench, Meeting, Tampered, content, in_thread, me, silent
+from .test_damage import unprotect
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
@@ -412,6 +414,118 @@ def test_moved_by_an_app_after_the_walk(uncounted: Bench) -> None:
     assert len(bench.blobs()) == 5
 
 
+def test_a_link_out_of_the_source_in_the_place_of_a_directory(bench: Bench, beside: Path) -> None:
+    """An app moves a directory away before the walk comes to what is in it: what the link leads to is not ours."""
+    (beside / "below").mkdir()
+    (beside / "below/file").write_bytes(DATA)
+    for name in ("folder/below/one", "two"):
+        bench.put(name, DATA)
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "scandir" and arguments[0] == b"folder/below":
+            backing.before = lambda name, arguments: None
+            bench.rename("folder", "moved")
+            bench.engine.vfs.symlink(os.fsencode(beside), b"folder", me())
+
+    backing.before = before
+    bench.scan()
+    assert bench.below("folder").is_symlink()
+    assert (beside / "below/file").read_bytes() == DATA
+    assert bench.reference_xattr not in os.listxattr(beside / "below/file")
+    assert bench.read("moved/below/one") == bench.read("two") == DATA
+
+
+def test_a_reference_where_the_scan_could_not_look(bench: Bench) -> None:
+    """Somebody copied it past the mount: when an app removes the last one that is counted, its blob is kept."""
+    bench.mkdir("folder")
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    bench.close()
+    tool("cp", "-a", bench.below("one"), bench.below("folder/three"))
+    backing = Tampered(bench.source)
+    bench.open(backing=backing)
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "scandir" and arguments[0] == b"folder":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    backing.before = before
+    bench.expect_log("cannot list", "could not look at everything")
+    bench.scan()
+    backing.before = lambda name, arguments: None
+    for name in ("one", "two"):
+        bench.unlink(name)
+    bench.settle()
+    assert len(bench.blobs()) == 1
+    bench.scan()
+    assert bench.read("folder/three") == DATA
+    assert bench.engine.settler.index_is_complete
+
+
+@pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)
+def test_a_small_reference_with_long_xattrs_is_met_by_the_last_look(bench: Bench) -> None:
+    """It was not in the tree while the walks went on. It owns more blocks than its content would need."""
+    data = content("small", BLOCK)
+    for name in ("one", "two"):
+        bench.write(name, data)
+        os.setxattr(bench.below(name), "user.long", b"x" * 3000)
+        if bench.engine.backing.filesystem == "xfs":
+            os.setxattr(bench.below(name), "user.longer", b"x" * 60000)
+    bench.settle()
+    bench.unlink("two")
+    bench.settle()
+    bench.close()
+    shutil.rmtree(bench.source / ".dedupfs/index")
+    aside = bench.source / ".dedupfs/aside"
+    bench.below("one").rename(aside)
+    bench.open()
+    reconciler = bench.engine._reconciler
+    drop = reconciler._drop_records_of_missing_files
+
+    def bring_back(census: Census, stopping: Callable[[], bool]) -> None:
+        drop(census, stopping)
+        if aside.exists():
+            aside.rename(bench.below("one"))
+
+    reconciler._drop_records_of_missing_files = bring_back  # type: ignore[method-assign]
+    bench.scan()
+    assert not aside.exists()
+    assert bench.engine.settler.index_is_complete
+    assert bench.read("one") == data
+
+
+def test_an_app_comes_to_a_reference_that_waits_to_be_counted(bench: Bench) -> None:
+    """It came from a backup, and a scan met it in quiet hours. An app queues it once more: it is still to be counted
+    before blobs go that nothing else refers to."""
+    hour = "06:00"
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    reference = os.getxattr(bench.below("one"), bench.reference_xattr)
+    bench.put("brought", b"")
+    os.truncate(bench.below("brought"), len(DATA))
+    os.setxattr(bench.below("brought"), bench.reference_xattr, reference)
+    bench.reopen(start=True, quiet_until=lambda: hour)
+    settler = bench.engine.settler
+    settler.offer(bench.key("brought").ino, b"brought")
+    bench.truncate("brought", len(DATA))  # as long as it was: it stays a reference
+    assert settler.pending() == 1
+    for name in ("one", "two"):
+        bench.unlink(name)
+    assert settler.wait_noted(PATIENCE_S)
+    settler.wait_until_removed(0.5)  # by then it would be gone
+    assert bench.read("brought") == DATA
+    hour = ""
+    bench.settle()
+    assert bench.read("brought") == DATA
+    bench.unlink("brought")
+    bench.settle()
+    bench.wait_for(lambda: bench.blobs() == [])
+
+
 def test_a_directory_that_cannot_be_listed(uncounted: Bench) -> None:
     """What may be in it may be a reference."""
     bench = uncounted
@@ -487,10 +601,50 @@ def test_a_file_that_cannot_be_looked_at(uncounted: Bench, call: str, times: int
     assert len(bench.blobs()) == 5
 
 
+@pytest.mark.parametrize("calls", [("punch", "ftruncate"), ("fset_reference",)], ids=["emptied", "marked"])
+def test_a_copy_that_cannot_be_undone(bench: Bench, calls: tuple[str, ...]) -> None:
+    """A crash left half of it, and the index is gone: the scan comes to an end, and the next one undoes it."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    fd = os.open(bench.below("one"), os.O_RDWR)
+    reference = bench.engine.backing.fread_reference(fd)
+    assert reference is not None
+    bench.engine.backing.fset_reference(fd, replace(reference, materialising=True, mtime_ns=10**18))
+    os.pwrite(fd, b"half", 0)
+    os.close(fd)
+    bench.crash()
+    shutil.rmtree(bench.source / ".dedupfs/index")
+    backing = Tampered(bench.source)
+    failed: list[str] = []
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name in calls:
+            failed.append(name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    backing.before = before
+    bench.expect_log("is not settled", "could not look at everything")
+    bench.open(backing=backing)
+    bench.scan()
+    assert failed
+    assert len(bench.blobs()) == 1
+    backing.before = lambda name, arguments: None
+    bench.scan()
+    assert bench.engine.settler.index_is_complete
+    assert bench.read("one") == bench.read("two") == DATA
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["blobs sealed", "blobs linked"])
 @pytest.mark.parametrize("how", ["scan", "rebuild", "fsck"])
-def test_a_directory_that_becomes_another_store(uncounted: Bench, how: str) -> None:
-    """An app unpacks somebody's store: the references beside it are ours all the same."""
+def test_a_directory_that_becomes_another_store(uncounted: Bench, beside: Path, how: str, linked: bool) -> None:
+    """An app unpacks somebody's store: the references beside it are ours all the same. Also where a backup links to the
+    blobs (cp -al)."""
     bench = uncounted
+    if linked:
+        for blob in (bench.source / ".dedupfs/blobs").rglob("*.0"):
+            unprotect(blob)
+            os.link(blob, beside / blob.name)
     bench.open()
     bench.mkdir("c/.dedupfs")
     bench.write("c/.dedupfs/format", b"{}")
@@ -619,6 +773,20 @@ def test_a_mount_that_hides_no_reference_of_ours(bench: Bench, cover: Cover) -> 
 
 
 # -- a new index
+
+
+def test_a_copy_without_xattrs(bench: Bench, beside: Path) -> None:
+    """Its references are files of zeros; the blobs are all there is of their contents, and who looks can find them."""
+    for name in ("one", "two"):
+        bench.write(name, DATA)
+    bench.settle()
+    assert len(bench.blobs()) == 1
+    bench.close()
+    copy = beside / "copy"
+    tool("cp", "-r", bench.source, copy)
+    bench.expect_log("the index describes another store")
+    rebuild(str(copy), silent)
+    assert any(path.is_file() and path.read_bytes() == DATA for path in copy.rglob("*"))
 
 
 @every_strategy

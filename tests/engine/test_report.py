@@ -279,10 +279,10 @@ def test_a_day_that_cannot_be_kept_is_no_matter(bench: Bench) -> None:
 
 def test_what_cannot_be_looked_at_is_named(archive: Bench) -> None:
     class Failing(Backing):
-        def scandir(self, path: bytes) -> Any:
+        def scandir(self, path: bytes, *more: Any) -> Any:
             if path == b"permits":
                 raise OSError(errno.EIO, "Input/output error")
-            return super().scandir(path)
+            return super().scandir(path, *more)
 
     archive.reopen(backing=Failing(str(archive.source)))
     archive.expect_log("cannot list permits")

@@ -1,11 +1,15 @@
 """The way out: references become plain files again, verified, and stay so."""
 
+import errno
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+import xxhash
 
 from dedupfs.errors import SourceError
+from dedupfs.openfiles import Handle
 
 from .bench import BLOCK, Bench, Tampered, content, silent
 from .test_damage import DATA, unprotect
@@ -124,6 +128,38 @@ def test_what_cannot_be_restored_is_listed_and_left(shared: Bench) -> None:
     shared.expect_findings()
 
 
+def test_what_is_in_a_directory_that_cannot_be_listed(shared: Bench) -> None:
+    """There may be references in it: that is not everything."""
+    backing = Tampered(shared.source)
+    shared.reopen(backing=backing)
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "scandir" and arguments[0] == b"a/deep":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    backing.before = before
+    shared.expect_log("cannot list")
+    answer = restore(shared)
+    backing.before = lambda name, arguments: None
+    assert answer["restored"] == 5
+    assert [each["path"] for each in answer["failed"]] == ["a/deep"]
+    assert shared.is_reference("a/deep/three")
+
+
+def test_what_is_moved_before_it_is_its_turn(shared: Bench) -> None:
+    """It is restored where it is now, or named: nobody is told that all is plain while it is not."""
+    moved: list[str] = []
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        if not moved:
+            moved.append("b")
+            shared.rename("b", "moved")
+
+    answer = shared.engine.restore([], progress)
+    assert moved
+    assert answer["failed"] or not any(shared.is_reference(name) for name in ("moved/four", "moved/five"))
+
+
 def test_a_full_disk(shared: Bench) -> None:
     backing = Tampered(shared.source)
     shared.reopen(backing=backing)
@@ -188,6 +224,39 @@ def test_while_an_app_takes_the_name_away(shared: Bench, what: str) -> None:
         assert shared.below("moved").read_bytes() == DATA
         assert shared.duplicates("moved") == ["a/deep/three", "a/two", "b/four"]
     assert shared.read("b/four") == DATA
+
+
+def test_written_before_it_is_noted(shared: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app that writes to a file that is restored: its record is not of what was written since."""
+    shared.unlink("a/six")  # or there would be others to compare it with
+    shared.settle()
+    backing = Tampered(shared.source)
+    shared.reopen(backing=backing)
+    gate = shared.engine.gate
+    exclusive = gate.exclusive
+    restored: list[str] = []
+    writers: list[Handle] = []
+
+    def after(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "fremove_reference":
+            restored.append(name)
+
+    def write_first() -> AbstractContextManager[None]:
+        if restored and not writers:
+            writers.append(shared.open_file("b/five", os.O_RDWR))
+            shared.write_to(writers[0], b"CHANGED")
+        return exclusive()
+
+    backing.after = after
+    with monkeypatch.context() as patched:
+        patched.setattr(gate, "exclusive", write_first)
+        restore(shared, "b/five")
+    (writer,) = writers
+    shared.close_file(writer)
+    shared.settle()
+    changed = b"CHANGED" + OTHER[7:]
+    assert shared.read("b/five") == changed
+    assert shared.digest("b/five") == xxhash.xxh3_128_hexdigest(changed)
 
 
 def test_of_what_is_not_there(shared: Bench) -> None:

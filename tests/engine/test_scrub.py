@@ -249,6 +249,31 @@ def test_what_cannot_be_read_is_left(bench: Bench, what: str) -> None:
     assert bench.read("one") == DATA
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["unknown before", "known before"])
+def test_damage_of_what_cannot_be_looked_at(bench: Bench, known: bool) -> None:
+    """The references cannot be looked at: their blob is neither called good, nor is its damage forgotten."""
+    bench.mkdir("folder")
+    share(bench, "folder/one", "folder/two")
+    rot(bench.the_blob())
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "lstat" and arguments[0].startswith(b"folder/"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    bench.expect_log("scrub: blob")
+    if known:
+        assert scrub(bench)["exit_code"] == 2
+    backing.before = before
+    assert scrub(bench)["exit_code"] == 2
+    backing.before = lambda name, arguments: None
+    damages = bench.engine.damages()
+    assert damages
+    assert all(paths == [b"folder/one", b"folder/two"] for _, paths in damages)
+    bench.expect_findings("reference-blob", "reference-blob")
+
+
 def test_a_blob_that_cannot_be_read_is_healed(bench: Bench) -> None:
     share(bench, "one", "two", "three")
     restored(bench, "three")

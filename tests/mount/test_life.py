@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import xxhash
 
 from tests.conftest import Mounts
 from tests.support.blocks import disk_usage, files_below, is_reference
-from tests.support.filesystems import is_mountpoint, unmount
+from tests.support.filesystems import is_mountpoint, tmpfs, unmount
 from tests.support.flavours import BOTH_STRATEGIES, ONE_FLAVOUR, REFERENCE, REFERENCES, flavours
 from tests.support.mounted import Mounted, dedupfs
 from tests.support.photos import photographs
@@ -490,6 +491,82 @@ def test_another_filesystem_inside_the_source(mounts: Mounts) -> None:
     finally:
         mounted.unmount()
         tool("umount", mounted.source / "other")
+
+
+def numbered(folder: Path, number: int, make: Callable[[Path], object]) -> Path:
+    """One of what is made in this directory of a tmpfs, which counts its inodes: the one with this inode number."""
+    count = itertools.count()
+    while True:
+        last = folder / f"{next(count)}"
+        make(last)
+        if last.stat().st_ino >= number:
+            assert last.stat().st_ino == number, "it has been given already"
+            return last
+
+
+@needs_root
+@ONE_FLAVOUR
+@pytest.mark.parametrize("what", ["made", "removed", "renamed", "replaced"])
+def test_directories_of_another_filesystem_have_its_numbers(mounts: Mounts, what: str) -> None:
+    """What becomes of one changes nothing for the directory of the archive that has the same inode number."""
+    mounted = mounts.new()
+    with tmpfs(mounted.source / "other") as below:
+        mounted.start()
+        folder, other = mounted.path("folder"), mounted.path("other")
+        folder.mkdir()
+        for name in ("a", "b"):
+            (folder / name).write_bytes(photograph().read_bytes())
+        mounted.settle()
+        assert mounted.duplicates("folder/a") == [b"folder/b"]
+        number = mounted.below("folder").stat().st_ino
+        # past the mount, but for the last call
+        match what:
+            case "made":
+                numbered(below, number - 1, os.mkdir)
+                (other / "made").mkdir()
+                assert (below / "made").stat().st_ino == number
+            case "removed":
+                (other / numbered(below, number, os.mkdir).name).rmdir()
+            case "renamed":
+                (other / numbered(below, number, os.mkdir).name).rename(other / "renamed")
+            case "replaced":
+                replaced = other / numbered(below, number, os.mkdir).name
+                (below / "new").mkdir()
+                (other / "new").rename(replaced)
+        mounted.settle()
+        assert mounted.duplicates("folder/a") == [b"folder/b"]
+
+
+@needs_root
+@ONE_FLAVOUR
+@pytest.mark.parametrize("what", ["chmod", "utime", "fchmod"])
+def test_files_of_another_filesystem_have_its_numbers(mounts: Mounts, what: str) -> None:
+    """What becomes of one changes nothing for the file of the archive that has the same inode number, nor when size and
+    time are the same as well: a copy with its times."""
+    content = photograph().read_bytes()
+    mounted = mounts.new()
+    with tmpfs(mounted.source / "other") as below:
+        mounted.start()
+        for name in ("a", "b"):
+            mounted.path(name).write_bytes(content)
+        mounted.settle()
+        assert mounted.duplicates("a") == [b"b"]
+        st = mounted.below("b").stat()
+        last = numbered(below, st.st_ino, Path.touch)
+        last.write_bytes(content[::-1])
+        times = (st.st_atime_ns, st.st_mtime_ns)
+        os.utime(last, ns=times)
+        there = mounted.path("other", last.name)
+        match what:
+            case "chmod":
+                there.chmod(0o600)
+            case "utime":
+                os.utime(there, ns=times)
+            case "fchmod":
+                with open(there, "rb") as file:
+                    os.fchmod(file.fileno(), 0o600)
+        mounted.settle()
+        assert mounted.duplicates("a") == [b"b"]
 
 
 @needs_root

@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import Mounts
 from tests.support.blocks import is_reference
+from tests.support.filesystems import tmpfs
 from tests.support.flavours import BOTH_STRATEGIES, ONE_FLAVOUR
 from tests.support.mounted import Mounted
 from tests.support.tools import OTHER_GROUP, USER, attempt, needs_root, read_afresh, shell, tool
@@ -24,6 +25,7 @@ from tests.support.trees import photograph, shared_copies, shared_state
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -193,6 +195,45 @@ def test_the_same_as_in_a_plain_directory(mounts: Mounts, user: int) -> None:
         assert shell(look, mounted.path(f"{name} {user}")) == shell(look, plain / f"{name} {user}"), name
 
 
+@needs_root
+@ONE_FLAVOUR
+def test_the_group_that_a_filesystem_gives(mounts: Mounts) -> None:
+    """Mounted with grpid, ext4 gives everything the group of its directory, set-group-ID bit or not."""
+    mounted = mounts.new("allow_other").start()
+    root = mounts.filesystem.root
+    tool("mount", "-o", "remount,grpid", root)
+    try:
+        seen = []
+        for top in (mounts.directory("plain"), mounted.path()):
+            folder = top / "folder"
+            folder.mkdir()
+            os.chmod(top, 0o777)
+            os.chmod(folder, 0o777)
+            os.chown(folder, 0, OTHER_GROUP)
+            script = "touch file; mkdir directory; ln -s x link; mkfifo fifo; stat -c '%n %u %g' *"
+            seen.append(shell(script, folder, user=USER))
+        assert seen[0] == seen[1]
+    finally:
+        tool("mount", "-o", "remount,nogrpid", root)
+
+
+@needs_root
+@ONE_FLAVOUR
+def test_who_is_not_of_the_group_takes_the_set_group_id_bit_with_an_acl(mounts: Mounts) -> None:
+    mounted = mounts.new("allow_other").start()
+    seen = []
+    for top in (mounts.directory("plain"), mounted.path()):
+        os.chmod(top, 0o777)
+        for name, groups in (("stranger", []), ("member", [OTHER_GROUP])):
+            path = top / name
+            path.write_bytes(b"")
+            os.chown(path, USER, OTHER_GROUP)
+            os.chmod(path, 0o2755)
+            tool("setfacl", "--modify", "u:12345:r", path, user=USER, groups=groups)
+            seen.append(oct(path.stat().st_mode))
+    assert seen[:2] == seen[2:] == ["0o100755", "0o102755"]
+
+
 # --- renaming
 
 
@@ -246,6 +287,44 @@ def test_renaming_over_a_file_that_is_open(mounted: Mounted) -> None:
     assert os.listdir(mounted.path("archive")) == []
 
 
+REFUSALS = {"another filesystem": errno.EXDEV, "immutable": errno.EPERM, "whiteout": errno.EINVAL}
+
+
+@needs_root
+@ONE_FLAVOUR
+@pytest.mark.parametrize(("why", "expected"), REFUSALS.items(), ids=[why.replace(" ", "-") for why in REFUSALS])
+def test_a_rename_that_fails_over_a_file_that_is_open(mounts: Mounts, why: str, expected: int) -> None:
+    """The file that was to be replaced is there as before, under its name, for everybody."""
+    mounted = mounts.new()
+    with tmpfs(mounted.source / "other"), contextlib.ExitStack() as stack:
+        mounted.start()
+        kept = mounted.path("kept")
+        new = mounted.path("other/new" if why == "another filesystem" else "new")
+        kept.write_bytes(b"kept")
+        new.write_bytes(b"new")
+        if why == "immutable":
+            mounted.settle()
+            tool("chattr", "+i", mounted.below("new"))
+            stack.callback(mounted.run, "scan", mounted.mountpoint)  # chattr(1) is news from past the mount
+            stack.callback(tool, "chattr", "-i", mounted.below("new"))
+        with open(kept, "r+b", buffering=0) as file:
+            flags = RENAME_WHITEOUT if why == "whiteout" else 0
+            assert errno_of(lambda: rename(new, kept, flags)) == expected
+            assert mounted.below("kept").read_bytes() == b"kept"
+            assert kept.read_bytes() == b"kept"
+            assert not any(name.startswith(".fuse_hidden") for name in os.listdir(mounted.path()))
+            file.write(b"KEPT")
+            assert kept.read_bytes() == b"KEPT"
+        assert kept.read_bytes() == mounted.below("kept").read_bytes() == b"KEPT"
+        assert kept.stat().st_nlink == 1
+        assert new.read_bytes() == b"new"
+        # and when nothing is in the way
+        kept.rename(mounted.path("renamed"))
+        assert mounted.path("renamed").read_bytes() == b"KEPT"
+        mounted.settle()
+        assert list((mounted.store / "orphans").iterdir()) == []
+
+
 # --- files without a name
 
 
@@ -288,6 +367,55 @@ def test_a_file_that_is_unlinked_while_open(mounted: Mounted, shared: bool) -> N
     assert list((mounted.store / "orphans").iterdir()) == []
     if shared:
         assert read_afresh(mounted.path("office/picture.jpg")) == content
+
+
+@needs_root
+@ONE_FLAVOUR
+@pytest.mark.parametrize("how", ["unlinked", "replaced"])
+def test_a_file_of_another_filesystem_goes_while_open(mounts: Mounts, how: str) -> None:
+    """The store cannot take it in, which is on this filesystem."""
+    mounted = mounts.new()
+    with tmpfs(mounted.source / "other"):
+        mounted.start()
+        path = mounted.path("other/file")
+        path.write_bytes(b"old")
+        with open(path, "rb", buffering=0) as file:
+            if how == "unlinked":
+                path.unlink()
+                assert not path.exists()
+            else:
+                mounted.path("other/new").write_bytes(b"new")
+                mounted.path("other/new").rename(path)
+                assert path.read_bytes() == b"new"
+            assert file.readall() == b"old"
+        mounted.unmount()  # by then everything is released
+        assert os.listdir(mounted.below("other")) == ([] if how == "unlinked" else ["file"])
+
+
+@ONE_FLAVOUR
+@pytest.mark.parametrize("what", ["read", "written", "unlinked"])
+def test_a_file_that_is_called_as_an_unlinked_one_is(mounted: Mounted, what: str) -> None:
+    """libfuse numbers the names it gives to unlinked files, and another mount left one of them in the archive."""
+    gone, folder = mounted.path("gone"), mounted.path("folder")
+    gone.write_bytes(b"unlinked")
+    folder.mkdir()
+    with open(gone, "r+b", buffering=0) as file:
+        gone.unlink()
+        (name,) = os.listdir(mounted.store / "orphans")
+        left, left_below = folder / name, mounted.below("folder", name)
+        left_below.write_bytes(b"a photograph")
+        match what:
+            case "read":
+                assert left.read_bytes() == b"a photograph"
+            case "written":
+                left.write_bytes(b"another photograph")
+                assert left_below.read_bytes() == b"another photograph"
+            case "unlinked":
+                left.unlink()
+                assert not left_below.exists()
+        assert os.listdir(mounted.store / "orphans") == [name]
+        assert file.readall() == b"unlinked"
+    mounted.run("scan", mounted.mountpoint)
 
 
 @ONE_FLAVOUR
@@ -422,6 +550,50 @@ def test_a_lock_outlives_sharing_and_materialising(mounted: Mounted) -> None:
         mounted.settle()
         assert attempt("flock", "--nonblock", mounted.path("a"), "true").returncode == 1
     assert attempt("flock", "--nonblock", mounted.path("a"), "true").returncode == 0
+
+
+# --- flags of an open file
+
+
+@ONE_FLAVOUR
+def test_appending_is_taken_back(mounts: Mounts) -> None:
+    """fcntl(2) without O_APPEND: what is written goes where it is told, until that is set again. Not where the kernel
+    writes without asking the daemon: it goes by the flags that the file was opened with."""
+    mounted = mounts.new("passthrough=off").start()
+    path = mounted.path("log")
+    path.write_bytes(b"0123456789")
+    fd = os.open(path, os.O_RDWR | os.O_APPEND)
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        os.write(fd, b"end")
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_APPEND)
+        os.pwrite(fd, b"HEAD", 0)
+        assert path.read_bytes() == b"HEAD456789end"
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+        os.pwrite(fd, b"!", 0)
+    finally:
+        os.close(fd)
+    assert read_afresh(path) == mounted.below("log").read_bytes() == b"HEAD456789end!"
+
+
+@ONE_FLAVOUR
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
+def test_opened_for_ioctls_only(mounted: Mounted, shared: bool) -> None:
+    """Access mode 3 of open(2): whoever may read and write gets a descriptor for neither."""
+    content = photograph().read_bytes()
+    if shared:
+        path = shared_copies(mounted, content)[0]
+    else:
+        path = mounted.path("picture.jpg")
+        path.write_bytes(content)
+    fd = os.open(path, os.O_ACCMODE)
+    try:
+        assert os.fstat(fd).st_size == len(content)
+        assert errno_of(lambda: os.read(fd, 1)) == errno_of(lambda: os.write(fd, b"x")) == errno.EBADF
+    finally:
+        os.close(fd)
+    mounted.settle()
+    assert read_afresh(path) == content
 
 
 # --- several writers

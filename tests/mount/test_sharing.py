@@ -361,6 +361,23 @@ def test_a_reference_with_hard_links(mounted: Mounted) -> None:
     assert also.stat().st_nlink == 1
 
 
+@ONE_FLAVOUR
+def test_a_name_made_of_an_open_file_whose_own_is_unlinked(mounted: Mounted) -> None:
+    """What is told are the names it has, not the one that it has in the store for as long as it is open."""
+    content = photograph().read_bytes()
+    mounted.path("a").write_bytes(content)
+    os.link(mounted.path("a"), mounted.path("b"))
+    with open(mounted.path("a"), "rb") as file:
+        mounted.path("a").unlink()
+        # by linkat(2), which follows the link; Python takes link(2) where no directory is given
+        os.link(f"/proc/self/fd/{file.fileno()}", mounted.path("c"), src_dir_fd=file.fileno(), follow_symlinks=True)
+        mounted.path("d").write_bytes(content)
+        mounted.settle()
+        assert mounted.duplicates("d") == [b"b", b"c"]
+    mounted.settle()
+    assert mounted.duplicates("d") == [b"b", b"c"]
+
+
 # --- open files
 
 

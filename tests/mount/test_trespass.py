@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Mounts
 from tests.support.blocks import is_reference
 from tests.support.flavours import BOTH_STRATEGIES, ONE_FLAVOUR, REFERENCE
 from tests.support.mounted import Mounted
 from tests.support.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
-from tests.support.tools import OTHER_GROUP, USER, attempt, needs_root, read_afresh, tool
+from tests.support.tools import OTHER_GROUP, USER, attempt, needs_root, read_afresh, shell, tool
 from tests.support.trees import photograph, shared_copies
 
 MARK = "trusted.dedupfs.ref" if os.geteuid() == 0 else "user.dedupfs.ref"
@@ -220,6 +221,77 @@ def test_links_do_not_cross_the_edge(mounted: Mounted, tmp_path: Path) -> None:
     assert mounted.path("link").read_bytes() == b"outside"
     assert errno_of(lambda: os.open(mounted.path("link"), os.O_RDONLY | os.O_NOFOLLOW)) == errno.ELOOP
     assert mounted.status()["files"] == 3
+
+
+@needs_root
+@ONE_FLAVOUR
+def test_an_unlinked_file_is_nobodys_to_find(mounts: Mounts) -> None:
+    """It was in a directory that the user may not enter, and what libfuse calls it now can be guessed."""
+    mounted = mounts.new("allow_other").start()
+    os.chmod(mounted.mountpoint, 0o777)
+    private = mounted.path("private")
+    private.mkdir(mode=0o700)
+    secret = private / "secret"
+    secret.write_bytes(b"secret")
+    with open(secret, "rb", buffering=0) as file:
+        secret.unlink()
+        (name,) = os.listdir(mounted.store / "orphans")
+        for folder in ("", "office"):
+            mounted.path(folder).mkdir(exist_ok=True)
+            guessed = mounted.path(folder, name)
+            for command in (["cat"], ["stat"], ["chmod", "666"], ["rm"]):
+                refused = attempt(*command, guessed, user=USER)
+                assert refused.returncode != 0, command
+                assert b"No such file" in refused.stderr, command
+            with pytest.raises(FileNotFoundError):
+                guessed.stat()
+        assert os.listdir(mounted.store / "orphans") == [name]
+        assert file.readall() == b"secret"
+
+
+# --- links put into the archive past the mount
+
+# What a user does in the mount, $1, once the kernel has seen his directory there; past it, in $2, he puts a symbolic
+# link to $3 in the place of something that was his.
+DEEDS = {
+    "chmod": 'rm "$2/file"; ln -s "$3/shadow" "$2/file"; chmod 666 "$1/file"',
+    "unlink": 'rm -f "$1/sub/shadow"',
+    "create": 'echo evil >"$1/sub/evil"',
+    "mkdir": 'mkdir "$1/sub/evil"',
+    "rename": 'mv "$1/sub/shadow" "$1/stolen"',
+    "ask": 'getfattr --name=user.dedupfs.digest "$1/sub/shadow"',
+}
+
+
+@needs_root
+@ONE_FLAVOUR
+@pytest.mark.parametrize("deed", DEEDS)
+def test_a_link_of_an_ordinary_user_leads_the_daemon_nowhere(mounts: Mounts, deed: str) -> None:
+    """Who may write to the source itself (an archive of several users, mounted elsewhere) can change what is below the
+    mount faster than the kernel looks; root, who serves it, goes where he could not go himself."""
+    content = photograph().read_bytes()
+    outside = mounts.directory("outside")
+    shadow = outside / "shadow"
+    shadow.write_bytes(content)
+    before = shadow.stat()
+    mounted = mounts.new("allow_other").start()
+    mounted.expect_log("is not settled")
+    os.chmod(mounted.mountpoint, 0o777)
+    mounted.path("known").write_bytes(content)
+    mounted.settle()
+    shell("mkdir his his/sub; echo x >his/file; echo x >his/sub/shadow; ls -lR his", mounted.path(), user=USER)
+    below = mounted.source / "his"
+    swap = "" if deed == "chmod" else 'rm -r "$2/sub"; ln -s "$3" "$2/sub";'
+    script = f'ls -lR "$1"; {swap} {DEEDS[deed]}'
+    attempt("sh", "-c", script, "sh", mounted.path("his"), below, outside, user=USER)
+    mounted.settle()
+    tool("rm", "-r", below)
+    mounted.run("scan", mounted.mountpoint)
+    after = shadow.stat()
+    assert os.listdir(outside) == ["shadow"]
+    assert (after.st_mode, after.st_ino, after.st_blocks) == (before.st_mode, before.st_ino, before.st_blocks)
+    assert os.listxattr(shadow) == []
+    assert shadow.read_bytes() == content
 
 
 # --- set-id bits

@@ -213,6 +213,19 @@ def mounted_device(kind: str, device: Path, root: Path, *options: str) -> Iterat
 
 
 @contextlib.contextmanager
+def tmpfs(directory: Path) -> Iterator[Path]:
+    """Mount a small tmpfs at a new directory, for as long as the context lasts: it goes whoever still uses it."""
+    directory.mkdir()
+    mounted = run("mount", "-t", "tmpfs", "-o", "size=16m", "none", directory)
+    if mounted.returncode != 0:
+        raise RuntimeError(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        run("umount", "--lazy", directory)
+
+
+@contextlib.contextmanager
 def loop_filesystem(
     kind: str, directory: Path, *, size_bytes: int | None = None, patience_s: float = 5
 ) -> Iterator[Filesystem]:

@@ -83,7 +83,9 @@ def test_a_line_of_a_later_version_has_no_effect(backing: Backing, log: Path) ->
 
 
 def test_what_cannot_be_written_is_not_decided(backing: Backing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither now nor at the next start: who was told so may have decided otherwise since."""
     decisions = Decisions(backing)
+    decisions.record(PIN, [content(2)], paths=[], who="me")
 
     def fail(fd: int) -> None:
         raise OSError(5, "broken disk")
@@ -92,3 +94,8 @@ def test_what_cannot_be_written_is_not_decided(backing: Backing, monkeypatch: py
     with pytest.raises(OSError, match="broken disk"):
         decisions.record(PIN, [content(1)], paths=[], who="me")
     assert not decisions.is_pinned(content(1))
+    monkeypatch.undo()
+    assert not Decisions(backing).is_pinned(content(1))
+    decisions.record(PIN, [content(3)], paths=[], who="me")
+    again = Decisions(backing)
+    assert [again.is_pinned(content(number)) for number in (1, 2, 3)] == [False, True, True]

@@ -9,7 +9,7 @@ import pytest
 from dedupfs.backing import Backing
 from dedupfs.index import Batch, Index
 from dedupfs.journal import DirectoryNamed, Entry, Found, Journal, Named, Recording, Restored, Shared, Touched, Unnamed
-from dedupfs.model import ContentKey, Digest, FileRecord, FileState, Ino, Link, Stamp
+from dedupfs.model import UNKNOWN_PATH, ContentKey, Digest, FileRecord, FileState, Ino, Link, Stamp
 
 CONTENT = ContentKey(Digest(b"c" * 16))
 OTHER = ContentKey(Digest(b"o" * 16))
@@ -145,14 +145,16 @@ def test_directories_are_renamed_and_removed(bench: Bench) -> None:
 def test_attributes_let_the_record_follow(bench: Bench) -> None:
     bench.make("file")
     ino = bench.settle("file")
-    os.utime(bench.source / "file", ns=(1, 2))
+    os.chmod(bench.source / "file", 0o600)
     bench.recording.apply(bench.batch, Touched(ino, b"file"))
+    os.utime(bench.source / "file", ns=(1, 2))
+    bench.recording.apply(bench.batch, Touched(ino, b"file", sets_times=True))
     record = bench.batch.file(ino)
     assert record is not None
     assert record.stamp == bench.stamp("file")
 
 
-@pytest.mark.parametrize("how", ["pending", "size", "another inode"])
+@pytest.mark.parametrize("how", ["pending", "size", "time", "another inode"])
 def test_the_record_does_not_follow_a_change_of_content(bench: Bench, how: str) -> None:
     bench.make("file")
     ino = bench.settle("file")
@@ -163,11 +165,16 @@ def test_the_record_does_not_follow_a_change_of_content(bench: Bench, how: str) 
             (bench.source / "file").write_bytes(b"DATA")
         case "size":
             (bench.source / "file").write_bytes(b"more data")
+        case "time":
+            os.utime(bench.source / "file", ns=(1, 2))
         case "another inode":
             os.rename(bench.source / "file", bench.source / "moved")
             bench.make("file")
     bench.recording.apply(bench.batch, Touched(ino, b"file"))
     assert bench.batch.file(ino) == known
+    bench.recording.catch_up(bench.batch)
+    assert bench.batch.file(ino) == known
+    assert bench.offered == ([] if how == "pending" else [(ino, UNKNOWN_PATH)])
 
 
 def test_before_a_walk_has_seen_it_a_record_follows_nothing(bench: Bench) -> None:

@@ -360,7 +360,7 @@ def test_readers_follow_a_published_file(files: OpenFiles, descriptor: Callable[
     readers = [files.register(KEY, descriptor(), writes=False) for _ in range(2)]
     before = [handle.own_fd for handle in readers]
     blob, fresh = descriptor(), [descriptor() for _ in range(3)]
-    files.follow(KEY, OTHER, REFERENCE, blob, list(fresh))
+    files.follow(KEY, OTHER, REFERENCE, [blob, *fresh])
     assert files.get(KEY) is None
     inode = files.get(OTHER)
     assert inode is not None
@@ -368,24 +368,25 @@ def test_readers_follow_a_published_file(files: OpenFiles, descriptor: Callable[
     assert inode.key == OTHER
     assert {handle.own_fd for handle in readers} <= set(fresh)
     assert readers[0].own_fd != readers[1].own_fd
-    assert readers[0].read_fd == readers[1].read_fd not in [*before, blob]
+    assert readers[0].read_fd == readers[1].read_fd == blob
     assert os.pread(readers[0].read_fd, 9, 0) == b"bytes"
     for fd in before:
         os.fstat(fd)  # a reader may hold its number
     (spare,) = set(fresh) - {handle.own_fd for handle in readers}
     with pytest.raises(OSError):
         os.fstat(spare)
-    os.close(blob)
     for handle in readers:
         files.release(handle, nothing)
     assert len(files) == 0
 
 
 def test_following_a_file_that_is_not_open(files: OpenFiles, descriptor: Callable[[], int]) -> None:
-    blob = descriptor()
-    files.follow(KEY, OTHER, REFERENCE, blob, [descriptor()])
-    os.close(blob)
+    descriptors = [descriptor(), descriptor()]
+    files.follow(KEY, OTHER, REFERENCE, list(descriptors))
     assert len(files) == 0
+    for fd in descriptors:
+        with pytest.raises(OSError):
+            os.fstat(fd)
 
 
 # -- waiting for closes

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from dedupfs.errors import Busy, SourceError, StoreError, UnknownFormat
 from dedupfs.store import Store
 from tests.support.acting import as_user
 from tests.support.filesystems import FilesystemPool
+from tests.support.tools import needs_root
 
 
 @pytest.fixture
@@ -65,6 +68,31 @@ def test_one_owner(tmp_path: Path, backing: Backing) -> None:
     with Store(other):
         pass
     other.close()
+
+
+def test_the_lock_of_a_store_that_was_removed(
+    tmp_path: Path, backing: Backing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our opening the lock and taking it, the store was removed and made anew: it has one owner still."""
+    other = Backing(str(tmp_path))
+    began: list[Store] = []
+    opening = backing.open
+
+    def late(path: bytes, *how: Any) -> int:
+        fd = opening(path, *how)
+        if path == b".dedupfs/lock" and not began:
+            shutil.rmtree(tmp_path / ".dedupfs")
+            began.append(Store(other))
+        return fd
+
+    monkeypatch.setattr(backing, "open", late)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Busy):
+        Store(backing)
+    (owner,) = began
+    owner.close()
+    other.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 1  # that of `other`
 
 
 def test_who_owns_it_is_told(tmp_path: Path, backing: Backing) -> None:
@@ -150,6 +178,21 @@ def test_a_crash_before_the_format_was_written(tmp_path: Path, backing: Backing)
     with Store(backing) as made:
         assert made.uuid
     assert json.loads((tmp_path / ".dedupfs/format").read_text())["uuid"] == made.uuid
+
+
+@pytest.mark.parametrize("who", [pytest.param("another's", marks=needs_root), "writable by all"])
+def test_a_store_that_somebody_prepared(tmp_path: Path, backing: Backing, who: str) -> None:
+    """Who can move the directories in it can put other contents in the place of ours."""
+    inside = tmp_path / ".dedupfs"
+    (inside / "blobs").mkdir(parents=True)
+    if who == "another's":
+        os.chown(inside, 20001, 20001)
+    else:
+        inside.chmod(0o777)
+    with pytest.raises(SourceError) as caught:
+        Store(backing)
+    assert ".dedupfs" in str(caught.value)
+    assert os.listdir(inside) == ["blobs"]
 
 
 def test_directories_that_are_missing_are_made(store: Path, backing: Backing) -> None:
