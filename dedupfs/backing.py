@@ -191,6 +191,10 @@ class Backing:
         except OSError as error:
             raise SourceError(f"cannot open {shown}: {error.strerror}") from None
         self.filesystem = _filesystem_of(self.root_fd)
+        self._bare_fd = -1
+        if own_mounts or noatime:
+            with suppress(OSError):  # root, Linux 5.2; from mounts of our own it cannot be had
+                self._bare_fd = self._clone_bare()
         if own_mounts:
             self._enter_own_mounts()
         try:
@@ -233,7 +237,7 @@ class Backing:
     def without_mounts(self) -> Iterator["Backing"]:
         """The source as it is beneath what is mounted in it. Raises OSError where that cannot be had: it takes root and
         Linux 5.2."""
-        clone = checked(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_MOUNT))
+        clone = os.dup(self._bare_fd) if self._bare_fd >= 0 else self._clone_bare()
         try:
             bare = Backing(b"/proc/self/fd/%d" % clone)
         finally:
@@ -251,8 +255,13 @@ class Backing:
         finally:
             os.close(fd)
 
+    def _clone_bare(self) -> int:
+        return checked(_libc.syscall(_SYS_OPEN_TREE, self.root_fd, b"", _CLONE_MOUNT))
+
     def close(self) -> None:
         os.close(self.root_fd)
+        if self._bare_fd >= 0:
+            os.close(self._bare_fd)
 
     def _directory_of(self, path: bytes) -> "_Place":
         """The directory that a path is in, and the name there. We may be root: who can put a symbolic link into the
