@@ -87,6 +87,12 @@ _PATH_MAX = 4096
 _HOW = struct.Struct("=QQQ")  # struct open_how: flags, mode, resolve
 _MAKING_FLAGS = os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY  # which have a use for a mode
 _BENEATH = 0x02 | 0x04 | 0x08  # RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
+_CACHED = 0x20  # RESOLVE_CACHED, Linux 5.12: fails where it would have to wait for the disk
+_CACHED_DIRECTORY = _HOW.pack(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, _BENEATH | _CACHED)
+# Keeps the interpreter meanwhile: for what never waits. Handing it over and back costs more than such a call.
+_at_once = ctypes.PyDLL(None)
+_at_once.syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+_at_once.close.argtypes = [ctypes.c_int]
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # to set, to clear, propagation, user namespace
 _MOUNT_ATTR_NOATIME = 0x10
 _MOUNT_ATTR__ATIME = 0x70
@@ -155,7 +161,7 @@ class _Place:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._owned:
-            os.close(self._fd)
+            _at_once.close(self._fd)
 
 
 def _may_use_trusted() -> bool:
@@ -263,7 +269,7 @@ class Backing:
         if self._bare_fd >= 0:
             os.close(self._bare_fd)
 
-    def _directory_of(self, path: bytes) -> "_Place":
+    def directory_of(self, path: bytes) -> "_Place":
         """The directory that a path is in, and the name there. We may be root: who can put a symbolic link into the
         source, past the mount, must not lead us out of it."""
         if len(path) >= _PATH_MAX:  # or what is made could not be named as a whole
@@ -271,6 +277,9 @@ class Backing:
         directory, _, name = path.rpartition(b"/")
         if not directory:
             return _Place(self.root_fd, name or b".", owned=False)
+        fd = _at_once.syscall(_SYS_OPENAT2, self.root_fd, directory, _CACHED_DIRECTORY, _HOW.size)
+        if fd >= 0:
+            return _Place(fd, name, owned=True)
         try:
             return _Place(self._open_beneath(directory, os.O_PATH | os.O_DIRECTORY), name, owned=True)
         except OSError as error:
@@ -291,7 +300,7 @@ class Backing:
         """`path` is relative to `directory_fd`, or to the source."""
         if directory_fd is not None:
             return os.stat(path or b".", dir_fd=directory_fd, follow_symlinks=False)
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             return os.stat(name, dir_fd=beneath, follow_symlinks=False)
 
     def open(self, path: bytes, flags: int, mode: int = 0o600) -> int:
@@ -303,7 +312,7 @@ class Backing:
             except OSError as error:
                 if error.errno not in (errno.ELOOP, errno.EXDEV):
                     raise
-        with self._directory_of(path) as (beneath, name):  # tells which of the names is a link
+        with self.directory_of(path) as (beneath, name):  # tells which of the names is a link
             return os.open(name, flags, mode, dir_fd=beneath)
 
     def open_quietly(self, path: bytes) -> int:
@@ -339,7 +348,7 @@ class Backing:
             os.close(fd)
 
     def readlink(self, path: bytes) -> bytes:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             return os.readlink(name, dir_fd=beneath)
 
     def path_of(self, fd: int) -> bytes | None:
@@ -376,36 +385,36 @@ class Backing:
     # -- names --------------------------------------------------------------------------------------------------------
 
     def mkdir(self, path: bytes, mode: int) -> None:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             os.mkdir(name, mode, dir_fd=beneath)
 
     def mknod(self, path: bytes, mode: int, device: int) -> None:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             os.mknod(name, mode, device, dir_fd=beneath)
 
     def symlink(self, target: bytes, path: bytes) -> None:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             os.symlink(target, name, dir_fd=beneath)
 
     def unlink(self, path: bytes) -> None:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             os.unlink(name, dir_fd=beneath)
 
     def rmdir(self, path: bytes) -> None:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             os.rmdir(name, dir_fd=beneath)
 
     def link(self, path: bytes | int, new: bytes) -> None:
         """`path`, or an open file, whatever is at its path by now."""
-        with self._directory_of(new) as (target, name):
+        with self.directory_of(new) as (target, name):
             if isinstance(path, int):
                 os.link(b"/proc/self/fd/%d" % path, name, dst_dir_fd=target, follow_symlinks=True)
                 return
-            with self._directory_of(path) as (source, old):
+            with self.directory_of(path) as (source, old):
                 os.link(old, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
 
     def rename(self, path: bytes, new: bytes, flags: int = 0) -> None:
-        with self._directory_of(path) as (source, old), self._directory_of(new) as (target, name):
+        with self.directory_of(path) as (source, old), self.directory_of(new) as (target, name):
             if flags:
                 checked(_libc.renameat2(source, old, target, name, flags))
             else:
@@ -424,11 +433,11 @@ class Backing:
             os.close(fd)
 
     def chown(self, path: bytes, uid: int, gid: int) -> None:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             os.chown(name, uid, gid, dir_fd=beneath, follow_symlinks=False)
 
     def utime(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=beneath, follow_symlinks=False)
 
     def set_mtime(self, path: bytes, mtime_ns: int) -> None:
@@ -439,34 +448,31 @@ class Backing:
 
     def utimensat(self, path: bytes, times: int | None) -> None:
         """`times`: the address of two struct timespec, UTIME_NOW and UTIME_OMIT included, or None for now."""
-        with self._directory_of(path) as (beneath, name):
+        with self.directory_of(path) as (beneath, name):
             checked(_libc.utimensat(beneath, name, times, _AT_SYMLINK_NOFOLLOW))
 
     @staticmethod
     def futimens(fd: int, times: int | None) -> None:
         checked(_libc.futimens(fd, times))
 
-    @contextmanager
-    def _xattr_path(self, path: bytes) -> Iterator[bytes]:
-        # There is no getxattrat before Linux 6.13; the magic link leads into the source even where it is mounted over.
-        with self._directory_of(path) as (beneath, name):
-            yield b"/proc/self/fd/%d/%s" % (beneath, name)
+    # There is no getxattrat before Linux 6.13; the magic link leads into the source even where it is mounted over.
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
-        with self._xattr_path(path) as full:
-            return os.getxattr(full, name, follow_symlinks=False)
+        with self.directory_of(path) as (beneath, last):
+            return os.getxattr(b"/proc/self/fd/%d/%s" % (beneath, last), name, follow_symlinks=False)
 
     def setxattr(self, path: bytes, name: bytes, value: bytes, flags: int = 0) -> None:
-        with self._xattr_path(path) as full:
-            os.setxattr(full, name, value, flags, follow_symlinks=False)
+        with self.directory_of(path) as (beneath, last):
+            os.setxattr(b"/proc/self/fd/%d/%s" % (beneath, last), name, value, flags, follow_symlinks=False)
 
     def listxattr(self, path: bytes) -> list[bytes]:
-        with self._xattr_path(path) as full:
-            return [os.fsencode(name) for name in os.listxattr(full, follow_symlinks=False)]
+        with self.directory_of(path) as (beneath, last):
+            names = os.listxattr(b"/proc/self/fd/%d/%s" % (beneath, last), follow_symlinks=False)
+        return [os.fsencode(name) for name in names]
 
     def removexattr(self, path: bytes, name: bytes) -> None:
-        with self._xattr_path(path) as full:
-            os.removexattr(full, name, follow_symlinks=False)
+        with self.directory_of(path) as (beneath, last):
+            os.removexattr(b"/proc/self/fd/%d/%s" % (beneath, last), name, follow_symlinks=False)
 
     # -- references ---------------------------------------------------------------------------------------------------
 

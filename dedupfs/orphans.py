@@ -42,6 +42,8 @@ class Orphans:
     def path(self, path: bytes) -> bytes | None:
         """Where the orphan is that libfuse calls by this path, None when there is none. In another directory the name
         is somebody else's."""
+        if not self._parents:
+            return None
         name = path.rpartition(b"/")[2]
         return ORPHANS + b"/" + name if self._is_in(path, self._parents.get(name)) else None
 
@@ -63,6 +65,8 @@ class Orphans:
 
     def is_stale(self, path: bytes) -> bool:
         """Whether libfuse calls a file so that has its path again, and is not open any more."""
+        if not self._put_back:
+            return False
         name = path.rpartition(b"/")[2]
         return name not in self._keys and self._is_in(path, self._put_back.get(name))
 

@@ -102,7 +102,8 @@ class Vfs:
 
     def getattr(self, path: bytes) -> Attributes:
         resolved = self._resolve(path)
-        found = self._attributes(self._stat(resolved), resolved)
+        with self._backing.directory_of(resolved) as (beneath, name):
+            found = self._attributes(self._stat(name, beneath), name, beneath)
         if not resolved and found.nlink > 2:
             found = found._replace(nlink=found.nlink - 1)  # the store is not seen
         hidden = self._orphans.count(Key.of(found.st))
@@ -128,7 +129,7 @@ class Vfs:
         """How many of an open file's links nobody sees, since they were unlinked."""
         return self._orphans.count(handle.inode.key)
 
-    def _stat(self, path: bytes, directory_fd: int | None = None) -> os.stat_result:
+    def _stat(self, path: bytes, directory_fd: int) -> os.stat_result:
         """lstat(2). While a file becomes a reference, its directory has a time that is not its own: the kernel would
         keep that."""
         st = self._backing.lstat(path, directory_fd)
@@ -137,7 +138,7 @@ class Vfs:
         with self._gate.shared():
             return self._backing.lstat(path, directory_fd)
 
-    def _attributes(self, st: os.stat_result, path: bytes, directory_fd: int | None = None) -> Attributes:
+    def _attributes(self, st: os.stat_result, path: bytes, directory_fd: int) -> Attributes:
         """What to report of an inode: of a reference the blocks of its content, so that nobody takes it for a file of
         holes."""
         blocks = st.st_blocks

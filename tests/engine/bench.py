@@ -80,13 +80,16 @@ def _nothing(name: str, arguments: tuple[Any, ...]) -> None:
     pass
 
 
+_NO_CALLS = ("close", "directory_of", "is_no_reference", "may_be_reference", "path_of")
+
+
 class Tampered(Backing):
     """Calls `before` and `after` with the name and arguments of each method that makes a system call."""
 
     CALLS = frozenset(
         name
         for name, value in vars(Backing).items()
-        if not name.startswith("_") and name not in ("close", "may_be_reference", "path_of") and callable(value)
+        if not name.startswith("_") and name not in _NO_CALLS and callable(value)
     )
 
     def __init__(self, source: str | Path) -> None:
