@@ -336,9 +336,14 @@ class Vfs:
         """Undo `hide`: what was to take the place of the file did not come."""
         path = self._resolve(path)
         with self._gate.shared():
-            orphan = self._orphans.named(name) or _beside(path, name)
-            self._backing.link(orphan, path)  # the orphan stays for now, since libfuse goes on asking for it
-            self._orphans.put_back(name, Key.of(self._backing.lstat(os.path.dirname(path))))
+            orphan = self._orphans.named(name)
+            try:
+                # The orphan stays for now, since libfuse goes on asking for it.
+                self._backing.link(orphan or _beside(path, name), path)
+            except FileNotFoundError:
+                return  # its last handle went before
+            if orphan is not None:
+                self._orphans.put_back(name, Key.of(self._backing.lstat(os.path.dirname(path))))
             st = self._backing.lstat(path)
             if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
                 self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
@@ -374,10 +379,13 @@ class Vfs:
         with self._gate.shared():
             st = self._backing.lstat(other)
             orphan = self._orphans.named(name)
-            if orphan is None or Key.of(self._backing.lstat(orphan)) != Key.of(st):
-                return False
-            # The orphan stays beside it, since libfuse goes on asking for it by that name.
-            self._backing.link(orphan, path)
+            try:
+                if orphan is None or Key.of(self._backing.lstat(orphan)) != Key.of(st):
+                    return False
+            except FileNotFoundError:
+                return False  # its last handle went just now
+            # The orphan stays beside it, since libfuse goes on asking for it by that name; or it goes just now.
+            self._backing.link(other, path)
             if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
                 self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
             return True

@@ -6,6 +6,7 @@ import stat
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -768,3 +769,26 @@ def test_what_comes_to_share_while_names_are_read_is_listed(bench: Bench, monkey
         assert all(map(bench.is_reference, names))
     finally:
         os.close(directory.fd)
+
+
+def test_a_hidden_file_goes_while_another_takes_its_place(bench: Bench) -> None:
+    """The release of a file that was just closed overtakes the rename over it, which is not to fail for that."""
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+    for name in ("file", "new"):
+        bench.write(name, content(name))
+    handle, vfs = bench.open_file("file"), bench.engine.vfs
+    hidden = ".fuse_hidden0000000200000001"
+    bench.hide("file", hidden)
+
+    def release(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "lstat" and arguments[0].startswith(b".dedupfs/orphans/"):
+            backing.before = lambda name, arguments: None
+            bench.close_file(handle)
+
+    backing.before = release
+    assert not vfs.unhide(hidden.encode(), b"file", b"new")
+    assert bench.inside("orphans") == []
+    vfs.put_back(hidden.encode(), b"file")  # as after a rename that failed: it is not there any more
+    bench.rename("new", "file")
+    assert bench.read("file") == content("new")
