@@ -179,6 +179,12 @@ class _Adapter(fuse.FUSE):  # type: ignore[misc]
         try:
             return func(*args) or 0
         except OSError as error:
+            if (
+                error.errno == errno.ENOENT
+                and isinstance(args[0], bytes)
+                and self._vfs.was_put_back(_relative(args[0]))
+            ):
+                return -errno.ESTALE  # its last handle went since the call began
             return -(error.errno or errno.EIO)
         except DedupfsError as error:
             log.error("%s %s: %s", func.__name__, args[0], error)

@@ -63,12 +63,13 @@ class Orphans:
         """It has a path again, in that directory, by which the kernel knows it; libfuse still by this name."""
         self._put_back[name] = parent
 
+    def was_put_back(self, path: bytes) -> bool:
+        """Whether libfuse calls a file so that has its path again."""
+        return bool(self._put_back) and self._is_in(path, self._put_back.get(path.rpartition(b"/")[2]))
+
     def is_stale(self, path: bytes) -> bool:
-        """Whether libfuse calls a file so that has its path again, and is not open any more."""
-        if not self._put_back:
-            return False
-        name = path.rpartition(b"/")[2]
-        return name not in self._keys and self._is_in(path, self._put_back.get(name))
+        """Likewise, of one that is not open any more: the kernel is to look its name up anew."""
+        return self.was_put_back(path) and path.rpartition(b"/")[2] not in self._keys
 
     def count(self, key: Key) -> int:
         """How many orphans have this inode: names of it that nobody sees."""

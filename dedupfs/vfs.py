@@ -89,7 +89,7 @@ class Vfs:
         if path.startswith(STORE_DIRECTORY) and path[len(STORE_DIRECTORY) :][:1] in (b"", b"/"):
             raise _errno(errno.ENOENT)
         if self._orphans.is_stale(path):
-            raise _errno(errno.ESTALE)  # the kernel looks its name up again
+            raise _errno(errno.ESTALE)
         return self._orphans.path(path) or path
 
     def _resolve_new(self, path: bytes) -> bytes:
@@ -120,6 +120,10 @@ class Vfs:
         """Where an open file is now, None when it has no name that the mount shows."""
         path = self._backing.path_of(handle.own_fd)
         return None if path is None or is_hidden(path) else path
+
+    def was_put_back(self, path: bytes) -> bool:
+        """Whether libfuse calls a file so that has its own path again: the kernel is to look that up anew (ESTALE)."""
+        return self._orphans.was_put_back(path)
 
     def is_unlinked(self, path: bytes) -> bool:
         """Whether a path is what libfuse calls an open file that was unlinked."""
