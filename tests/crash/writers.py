@@ -147,7 +147,9 @@ class PathApp:
 
     def rename(self, name: str, new: str) -> None:
         before: World = {name: self._state(name), new: self.ledger.certain.get(new)}
-        with self._call(before, {name: None, new: before[name]}):
+        # libfuse moves a file aside first that is still open, or was until just now (operations.md, Differences).
+        moved_aside: World = {name: before[name], new: None}
+        with self._call(before, moved_aside, {name: None, new: before[name]}):
             os.rename(name, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self.contents[new] = self.contents.pop(name)
 
