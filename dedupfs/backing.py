@@ -303,6 +303,16 @@ class Backing:
         with self.directory_of(path) as (beneath, name):
             return os.stat(name, dir_fd=beneath, follow_symlinks=False)
 
+    def may_be_at(self, path: bytes, ino: Ino) -> bool:
+        """Whether an inode is at this path, or that cannot be told: what the disk, or its owner, does not let us look
+        at is not gone."""
+        try:
+            return self.lstat(path).st_ino == ino
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+
     def open(self, path: bytes, flags: int, mode: int = 0o600) -> int:
         """A descriptor; a symbolic link in the last place is never followed."""
         flags |= os.O_NOFOLLOW | os.O_CLOEXEC

@@ -341,15 +341,8 @@ class Reconciler:
 
     def _may_be_at_a_path(self, ino: Ino) -> bool:
         """Whether an inode is at a path of its, or that cannot be told."""
-        for path in self._index.paths(ino, self._backing.root_ino):
-            try:
-                if self._backing.lstat(path).st_ino == ino:
-                    return True
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError:
-                return True
-        return False
+        paths = self._index.paths(ino, self._backing.root_ino)
+        return any(self._backing.may_be_at(path, ino) for path in paths)
 
     def _look_at_blobs(self, *, to_trash: bool) -> None:
         """Hand over those that nothing refers to, and seal those that a crash left unsealed.

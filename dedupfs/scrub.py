@@ -282,17 +282,8 @@ class Scrubber:
 
     def _paths(self, ino: Ino) -> list[bytes]:
         """Where an inode is, as far as that is so."""
-        found = []
-        for path in self._index.paths(ino, self._backing.root_ino):
-            try:
-                if self._backing.lstat(path).st_ino != ino:
-                    continue
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError:
-                pass  # it may well be there
-            found.append(path)
-        return found
+        paths = self._index.paths(ino, self._backing.root_ino)
+        return [path for path in paths if self._backing.may_be_at(path, ino)]
 
     def _referring(self, ino: Ino, content: ContentKey) -> list[bytes]:
         """The paths of a reference that is one, and to this content: the index may be ahead of the tree."""

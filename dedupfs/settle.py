@@ -702,9 +702,8 @@ class Settler:
     def _remove(self, content: ContentKey) -> bool:
         """Answers whether it is of use to go on with others."""
         try:
-            (self._discard_blob if content in self._for_trash else self._unlink_blob)(content)
-            self._for_trash.discard(content)
-        except FileNotFoundError:
+            with suppress(FileNotFoundError):
+                (self._discard_blob if content in self._for_trash else self._unlink_blob)(content)
             self._for_trash.discard(content)
         except OSError as error:
             if error.errno not in NO_ROOM:

@@ -255,7 +255,7 @@ class Vfs:
                     self._backing.chmod(path, self._with_set_ids(path, mode))
             if stat.S_ISREG(mode):
                 st = self._backing.lstat(path)
-                if st.st_dev == self._backing.device:
+                if self._is_ours(st):
                     self._settler.enqueue(Ino(st.st_ino), path)
 
     def mkdir(self, path: bytes, mode: int, caller: Caller) -> None:
@@ -265,7 +265,7 @@ class Vfs:
             with self._or_undo(self._backing.rmdir, path):
                 self._give(path, caller)
             st = self._backing.lstat(path)
-            if st.st_dev == self._backing.device:  # another filesystem has numbers of its own
+            if self._is_ours(st):
                 self._settler.note(DirectoryNamed(Ino(st.st_ino), self._backing.link_of(path)))
 
     def symlink(self, target: bytes, path: bytes, caller: Caller) -> None:
@@ -281,12 +281,10 @@ class Vfs:
         with self._gate.shared():
             self._backing.link(path, new)
             st = self._backing.lstat(new)
-            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
-                # The old name as well: only settling has noted it, and that may go by the new one now.
-                for name in (path, new):
-                    if is_hidden(name):
-                        continue  # an orphan, of which nobody is told
-                    self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(name), name))
+            # The old name as well: only settling has noted it, and that may go by the new one now.
+            if not is_hidden(path):  # as an orphan is, of which nobody is told
+                self._note_named(st, path)
+            self._note_named(st, new)
             return st
 
     # -- opening and resizing -----------------------------------------------------------------------------------------
@@ -331,7 +329,7 @@ class Vfs:
                 self._backing.rename(path, hidden)
                 self._note_moved(st, link, self._backing.link_of(hidden), hidden)
                 return st
-            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
+            if stat.S_ISREG(st.st_mode) and self._is_ours(st):
                 self._settler.note(Unnamed(Ino(st.st_ino), link, gone=False))
         self._orphans.let_go(Key.of(st))
         return st
@@ -348,9 +346,7 @@ class Vfs:
                 return  # its last handle went before
             if orphan is not None:
                 self._orphans.put_back(name, Key.of(self._backing.lstat(os.path.dirname(path))))
-            st = self._backing.lstat(path)
-            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
-                self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
+            self._note_named(self._backing.lstat(path), path)
 
     @contextmanager
     def _pinned(self, path: bytes) -> Iterator[int]:
@@ -362,9 +358,19 @@ class Vfs:
         finally:
             os.close(fd)
 
+    def _is_ours(self, st: os.stat_result) -> bool:
+        """Whether an inode is of the archive's filesystem: one that is mounted inside has numbers of its own, which are
+        not to be taken for those that the index knows."""
+        return st.st_dev == self._backing.device
+
+    def _note_named(self, st: os.stat_result, path: bytes) -> None:
+        """A file got this name, perhaps beside others."""
+        if stat.S_ISREG(st.st_mode) and self._is_ours(st):
+            self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
+
     def _note_unnamed(self, st: os.stat_result, link: Link) -> None:
         """An inode lost a name; `st` is from afterwards."""
-        if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
+        if stat.S_ISREG(st.st_mode) and self._is_ours(st):
             self._settler.note(Unnamed(Ino(st.st_ino), link, gone=st.st_nlink == 0))
 
     def rmdir(self, path: bytes) -> None:
@@ -372,9 +378,11 @@ class Vfs:
         # Pinned, so that no new directory gets the number before this is noted.
         with self._gate.shared(), self._pinned(path) as fd:
             self._backing.rmdir(path)
-            st = os.fstat(fd)
-            if st.st_dev == self._backing.device:
-                self._settler.note(DirectoryNamed(Ino(st.st_ino), None))
+            self._note_directory_gone(os.fstat(fd))
+
+    def _note_directory_gone(self, st: os.stat_result) -> None:
+        if self._is_ours(st):
+            self._settler.note(DirectoryNamed(Ino(st.st_ino), None))
 
     def unhide(self, name: bytes, path: bytes, other: bytes) -> bool:
         """Let a file that was just hidden from `path` be there again, if it is what is at `other` as well: renaming
@@ -390,8 +398,7 @@ class Vfs:
                 return False  # its last handle went just now
             # The orphan stays beside it, since libfuse goes on asking for it by that name; or it goes just now.
             self._backing.link(other, path)
-            if stat.S_ISREG(st.st_mode) and st.st_dev == self._backing.device:
-                self._settler.note(Named(Ino(st.st_ino), self._backing.link_of(path), path))
+            self._note_named(st, path)
             return True
 
     def rename(self, path: bytes, new: bytes, flags: int) -> tuple[os.stat_result, os.stat_result | None]:
@@ -417,16 +424,16 @@ class Vfs:
                 if replaced is not None:
                     replaced = os.fstat(pinned)
                     self._note_unnamed(replaced, new_link)
-                    if stat.S_ISDIR(replaced.st_mode) and replaced.st_dev == self._backing.device:
-                        self._settler.note(DirectoryNamed(Ino(replaced.st_ino), None))
+                    if stat.S_ISDIR(replaced.st_mode):
+                        self._note_directory_gone(replaced)
                 self._settler.moved({path: new}, _files(st))
             self._note_moved(st, old_link, new_link, new)
             return st, replaced
 
     def _note_moved(self, st: os.stat_result, old: Link, new: Link, path: bytes) -> None:
-        ino = Ino(st.st_ino)
-        if st.st_dev != self._backing.device:
+        if not self._is_ours(st):
             return
+        ino = Ino(st.st_ino)
         if stat.S_ISDIR(st.st_mode):
             self._settler.note(DirectoryNamed(ino, new))
             self._settler.directory_moved(path)
@@ -475,7 +482,7 @@ class Vfs:
         if stat.S_ISREG(st.st_mode):
             if privileges and (inode := self._openfiles.get(Key.of(st))) is not None:
                 inode.privileges_checked = False
-            if st.st_dev == self._backing.device:
+            if self._is_ours(st):
                 self._settler.note(Touched(Ino(st.st_ino), path or ROOT, sets_times))
 
     # -- extended attributes ------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def _nothing(name: str, arguments: tuple[Any, ...]) -> None:
     pass
 
 
-_NO_CALLS = ("close", "directory_of", "is_no_reference", "may_be_reference", "path_of")
+_NO_CALLS = ("close", "directory_of", "is_no_reference", "may_be_at", "may_be_reference", "path_of")
 
 
 class Tampered(Backing):
@@ -109,6 +109,16 @@ class Tampered(Backing):
             return result
 
         return call
+
+
+def failing_to_list(directory: bytes) -> Hook:
+    """A disk that does not give back what is in this directory, for `Tampered.before`."""
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "scandir" and arguments[0] == directory:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    return before
 
 
 class Mortal(Tampered):

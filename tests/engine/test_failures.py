@@ -20,6 +20,7 @@ from dedupfs.model import Digest
 from dedupfs.reconcile import Reconciler
 
 from .bench import BLOCK, ME, PATIENCE_S, Bench, Running, Tampered, content
+from .test_damage import rot
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
@@ -209,11 +210,7 @@ def test_healing_that_cannot_be_undone(bench: Bench) -> None:
     for name in ("one", "two"):
         bench.write(name, DATA)
     bench.settle()
-    blob = bench.the_blob()
-    with open(blob, "rb") as file:
-        Backing.fset_immutable(file.fileno(), immutable=False)
-    blob.chmod(0o600)
-    blob.write_bytes(OTHER)
+    rot(bench.the_blob())
     bench.write("three", DATA)
 
     def before(name: str, arguments: tuple[object, ...]) -> None:
@@ -420,7 +417,8 @@ def test_the_index_is_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
     bench.expect_findings("clean")  # a batch was lost: the next start walks
 
 
-def test_killed_while_the_index_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def share_without_room_for_the_index(bench: Bench) -> None:
+    """`three` refers to what `one` and `two` have, and the index cannot be told."""
     for name in ("one", "two"):
         bench.write(name, DATA)
     bench.settle()
@@ -428,6 +426,10 @@ def test_killed_while_the_index_cannot_be_written(bench: Bench, monkeypatch: pyt
     with no_room(bench), pytest.raises(IndexDamaged):
         bench.settle()
     assert bench.is_reference("three")
+
+
+def test_killed_while_the_index_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    share_without_room_for_the_index(bench)
     bench.crash()
     bench.open()
     for name in ("one", "two"):
@@ -441,12 +443,7 @@ def test_killed_while_the_index_cannot_be_written(bench: Bench, monkeypatch: pyt
 
 def test_a_batch_is_lost_beside_no_mount(bench: Bench) -> None:
     """A command shares a file, and cannot write that down: no blob goes after its orderly end."""
-    for name in ("one", "two"):
-        bench.write(name, DATA)
-    bench.settle()
-    bench.write("three", DATA)
-    with no_room(bench), pytest.raises(IndexDamaged):
-        bench.settle()
+    share_without_room_for_the_index(bench)
     check_that_nothing_uncounted_is_lost(bench, "three", "one", "two")
 
 

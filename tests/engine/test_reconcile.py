@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from dedupfs.reconcile import Census, Reconciler, Stopped
 from tests.support.filesystems import remove_tree
 from tests.support.tools import needs_root, tool
 
-from .bench import BLOCK, PATIENCE_S, Bench, Meeting, Tampered, content, in_thread, me, silent
+from .bench import BLOCK, PATIENCE_S, Bench, Meeting, Tampered, content, failing_to_list, in_thread, me, silent
 from .test_damage import unprotect
+from .test_fsck import half_materialised
 from .test_sharing import every_strategy
 
 DATA = content("same", 3 * BLOCK + 3)
@@ -447,12 +447,7 @@ def test_a_reference_where_the_scan_could_not_look(bench: Bench) -> None:
     tool("cp", "-a", bench.below("one"), bench.below("folder/three"))
     backing = Tampered(bench.source)
     bench.open(backing=backing)
-
-    def before(name: str, arguments: tuple[Any, ...]) -> None:
-        if name == "scandir" and arguments[0] == b"folder":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    backing.before = before
+    backing.before = failing_to_list(b"folder")
     bench.expect_log("cannot list", "could not look at everything")
     bench.scan()
     backing.before = lambda name, arguments: None
@@ -530,12 +525,7 @@ def test_a_directory_that_cannot_be_listed(uncounted: Bench) -> None:
     """What may be in it may be a reference."""
     bench = uncounted
     backing = Tampered(bench.source)
-
-    def before(name: str, arguments: tuple[object, ...]) -> None:
-        if name == "scandir" and arguments[0] == b"c/below":
-            raise OSError(5, "Input/output error")
-
-    backing.before = before
+    backing.before = failing_to_list(b"c/below")
     bench.expect_log("cannot list", "could not look at everything")
     bench.open(backing=backing)
     bench.scan()
@@ -607,12 +597,7 @@ def test_a_copy_that_cannot_be_undone(bench: Bench, calls: tuple[str, ...]) -> N
     for name in ("one", "two"):
         bench.write(name, DATA)
     bench.settle()
-    fd = os.open(bench.below("one"), os.O_RDWR)
-    reference = bench.engine.backing.fread_reference(fd)
-    assert reference is not None
-    bench.engine.backing.fset_reference(fd, replace(reference, materialising=True, mtime_ns=10**18))
-    os.pwrite(fd, b"half", 0)
-    os.close(fd)
+    half_materialised(bench)
     bench.crash()
     shutil.rmtree(bench.source / ".dedupfs/index")
     backing = Tampered(bench.source)

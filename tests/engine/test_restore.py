@@ -1,6 +1,5 @@
 """The way out: references become plain files again, verified, and stay so."""
 
-import errno
 import os
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +10,7 @@ import xxhash
 from dedupfs.errors import SourceError
 from dedupfs.openfiles import Handle
 
-from .bench import BLOCK, Bench, Tampered, content, silent
+from .bench import BLOCK, Bench, Tampered, content, failing_to_list, silent
 from .test_damage import DATA, unprotect
 
 OTHER = content("other", 4 * BLOCK)
@@ -132,12 +131,7 @@ def test_what_is_in_a_directory_that_cannot_be_listed(shared: Bench) -> None:
     """There may be references in it: that is not everything."""
     backing = Tampered(shared.source)
     shared.reopen(backing=backing)
-
-    def before(name: str, arguments: tuple[Any, ...]) -> None:
-        if name == "scandir" and arguments[0] == b"a/deep":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    backing.before = before
+    backing.before = failing_to_list(b"a/deep")
     shared.expect_log("cannot list")
     answer = restore(shared)
     backing.before = lambda name, arguments: None
