@@ -687,12 +687,15 @@ class Backing:
     def take_read_lease(fd: int) -> bool:
         """Make a writer who goes around the mount wait until `fd` is closed, or for /proc/sys/fs/lease-break-time.
 
-        False while anybody has the file open for writing, and where the filesystem has no leases. fcntl(2).
+        Raises BlockingIOError while anybody has the file open for writing. False where leases cannot be had: not on
+        every filesystem, and without privileges not on the files of others. fcntl(2).
         """
         try:
             # The default signal of a lease break, SIGIO, would end the process; SIGURG is ignored by default.
             fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
             fcntl.fcntl(fd, _F_SETLEASE, fcntl.F_RDLCK)
+        except BlockingIOError:
+            raise
         except OSError:
             return False
         return True

@@ -289,6 +289,7 @@ class Engine:
             self.vfs.io.release_all()
             self._orphans.sweep()
             self.settler.stop()
+            self.references.sweep()  # what could not be taken back when it failed
         except (StoreError, OSError) as error:
             agrees = False
             log.error("%s; the tree is walked at the next start", error)

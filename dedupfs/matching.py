@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 # where HZ is 100; newer kernels give finer times to a file that was looked at.
 _TICK_NS = 20_000_000
 
+# What the kernel has open of a file in passthrough it closes a moment after the app, and after we were told.
+_LETTING_GO_S = 0.2
+_WRITER_AROUND = "open for writing outside the mount"
+
 # A file with longer holes (a sparse image, or a mistake) would be hashed for hours, and hides nothing worth sharing.
 _MOST_HOLE_BYTES = 1 << 40
 
@@ -136,11 +140,15 @@ class Matcher:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     batch.doubt_file(ino)
                     return NOTHING
+                is_alone = self._lease(file)
                 digest = self._digest(file, before, written_digest(file.stamp))
                 st = os.fstat(fd)
                 if Stamp.of(st) != file.stamp:
                     raise Changed("written meanwhile")
-                common = self._join(batch, file, st, digest)
+                shareable = st.st_nlink == 1 and self._rules.allow(path, st.st_size)
+                common = self._join(batch, file, st, digest, shareable=shareable and is_alone)
+                if shareable and not is_alone and common is not None:
+                    self._share_later(file, _WRITER_AROUND)
                 content = common or self._begin(batch, file, st, before, digest)
                 # Now that its bytes are in memory: who describes need not open what is no picture.
                 if content is not None and not looks_like_picture(os.pread(fd, HEAD_BYTES, 0)):
@@ -191,20 +199,33 @@ class Matcher:
     def _digest(self, file: Settled, before: FileRecord | None, digest: Digest | None) -> Digest:
         if before is not None and before.stamp == file.stamp and before.state is not FileState.REFERENCE:
             return before.content.digest
-        lease = file.leased = self._backing.take_read_lease(file.fd)
         if digest is None:
             digest = self._hash(file.fd, file.watch.checkpoint)
         age_ns = time.time_ns() - max(file.stamp.mtime_ns, file.stamp.ctime_ns)
         if 0 <= age_ns < _TICK_NS:
             time.sleep((_TICK_NS - age_ns) / 1e9)
-        if Stamp.of(os.fstat(file.fd)) != file.stamp or (lease and self._backing.lease_is_breaking(file.fd)):
+        if Stamp.of(os.fstat(file.fd)) != file.stamp or (file.leased and self._backing.lease_is_breaking(file.fd)):
             raise Changed("written meanwhile")
         return digest
 
-    def _join(self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest) -> ContentKey | None:
+    def _lease(self, file: Settled) -> bool:
+        """Take a lease on the file, where there are any. False when somebody who goes around the mount has it open for
+        writing: what he writes would go to an inode that nobody sees, or that others share."""
+        deadline = time.monotonic() + _LETTING_GO_S
+        while True:
+            try:
+                file.leased = self._backing.take_read_lease(file.fd)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+            time.sleep(_LETTING_GO_S / 20)
+
+    def _join(
+        self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest, *, shareable: bool
+    ) -> ContentKey | None:
         """Put the file under the content that it has in common with somebody, shared if it can be; None if there is
         none."""
-        shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)
         for _, named in itertools.groupby(self._known_contents(batch, digest), lambda content: content.bytes_key):
             copies = [each for each in named if self._size_of(batch, each, file.key.ino) == st.st_size]
             for content, target in self._choices(batch, file, copies) if shareable else ():
@@ -284,9 +305,12 @@ class Matcher:
         except (FileNotFoundError, NotADirectoryError):
             raise Changed("one of the two was moved meanwhile") from None
         except OSError as error:
-            if self._postpone(file.key.ino, file.path):
-                log.warning("cannot share %s now: %s", os.fsdecode(file.path), error.strerror or error)
+            self._share_later(file, error.strerror or str(error))
             return False
+
+    def _share_later(self, file: Settled, reason: str) -> None:
+        if self._postpone(file.key.ino, file.path):
+            log.warning("cannot share %s now: %s", os.fsdecode(file.path), reason)
 
     def _size_of(self, batch: Batch, content: ContentKey, ino: Ino) -> int | None:
         for other in self._others(batch, content, ino):
@@ -330,6 +354,9 @@ class Matcher:
                 continue
             with self._open_other(batch, ino) as other:
                 if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other, file):
+                    continue
+                if not self._lease(other):
+                    self._share_later(other, _WRITER_AROUND)
                     continue
                 try:
                     if self._strategy.share(other, file, target):
@@ -459,7 +486,5 @@ class Matcher:
             stack.callback(os.close, fd)
             st = os.fstat(fd)
             if st.st_ino == ino and Stamp.of(st) == record.stamp:
-                leased = self._backing.take_read_lease(fd)
-                link = self._backing.link_of(path)
-                return Settled(path, link, fd, record.stamp, Key.of(st), watch, leased=leased)
+                return Settled(path, self._backing.link_of(path), fd, record.stamp, Key.of(st), watch)
         return None

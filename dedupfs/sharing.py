@@ -54,11 +54,9 @@ class Settled:
 
     __slots__ = ("fd", "key", "leased", "link", "path", "stamp", "watch")
 
-    def __init__(
-        self, path: bytes, link: Link, fd: int, stamp: Stamp, key: Key, watch: Watch, *, leased: bool = False
-    ) -> None:
+    def __init__(self, path: bytes, link: Link, fd: int, stamp: Stamp, key: Key, watch: Watch) -> None:
         self.path, self.link, self.fd, self.stamp, self.key, self.watch = path, link, fd, stamp, key, watch
-        self.leased = leased
+        self.leased = False
 
 
 # Notes in the journal what changed at a path, in the same instant: a reference nobody knows of is not counted.
@@ -186,12 +184,10 @@ class ReferenceSharing:
                     self._blobs.flush_name(content)
                 st = self._replace(known, staged, staged_fd, content)
             except BaseException as error:
+                for fd in spare:  # first: it may be for want of descriptors, and taking back needs one
+                    os.close(fd)
                 # Whatever name the blob got, `sweep` would take it back for as long as the leftover is there.
-                try:
-                    self._take_back(staged)
-                finally:
-                    for fd in spare:
-                        os.close(fd)
+                self._take_back(staged)
                 if isinstance(error, FileExistsError) and self._blobs.usable(content):
                     raise Changed("published meanwhile") from None
                 raise
@@ -225,14 +221,16 @@ class ReferenceSharing:
             try:
                 self._replace(new, staged, staged_fd, content)
             except BaseException:
+                os.close(staged_fd)
                 self._backing.unlink(staged)
                 raise
-            finally:
-                os.close(staged_fd)
+            os.close(staged_fd)
 
     def _verify(self, file: Settled) -> None:
-        """Inside the gate: the path still leads to the inode that was compared, and nobody changed it."""
+        """Inside the gate: the path still leads to the inode that was compared, and nobody changed it or waits to."""
         file.watch.checkpoint()
+        if file.leased and self._backing.lease_is_breaking(file.fd):
+            raise Changed("opened for writing around the mount")
         try:
             st = self._backing.lstat(file.path)
         except FileNotFoundError:
@@ -366,7 +364,8 @@ class ReferenceSharing:
     # -- after a crash ------------------------------------------------------------------------------------------------
 
     def sweep(self) -> int:
-        """Clear staging/ of what a crash left. Nobody shares yet. Answers how many leftovers there were."""
+        """Clear staging/ of what a crash left, or an error that undoing met as well. Nobody shares now. Answers how many
+        leftovers there were."""
         count = 0
         for entry in list(self._backing.scandir(STAGING)):
             path = STAGING + b"/" + os.fsencode(entry.name)

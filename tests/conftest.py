@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,10 @@ hypothesis.settings.load_profile("dedupfs")
 
 # A hung mount is ended this long before pytest's own time limit, which could only end the whole session.
 _WATCHDOG_MARGIN_S = 30.0
+
+
+# A shell that puts us into the background has SIGINT ignored, which the programs that we start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

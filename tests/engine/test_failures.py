@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -227,7 +228,41 @@ def test_healing_that_cannot_be_undone(bench: Bench) -> None:
     bench.write("four", DATA)
     bench.settle()
     assert bench.read("one") == bench.read("two") == bench.read("four") == DATA
-    bench.reopen()  # which sweeps what could not be removed
+    assert os.listdir(bench.source / ".dedupfs/staging")
+    bench.close()
+    assert not os.listdir(bench.source / ".dedupfs/staging")
+
+
+def test_no_descriptor_is_left_to_undo_with(bench: Bench) -> None:
+    """What it was done with gives one back. Without, a name of the blob stays beside that of the file."""
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    bench.expect_log("cannot share (new|known) now")
+    taken: list[int] = []
+
+    def before(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "rename" and arguments[1] == b"known":
+            with pytest.raises(OSError, match="Too many open files") as met:
+                while True:
+                    taken.append(os.dup(0))
+            raise met.value
+
+    backing.before = before
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        bench.settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+    backing.before = lambda name, arguments: None
+    assert taken
+    assert not os.listdir(bench.source / ".dedupfs/staging")
+    assert bench.blobs() == []
 
 
 # -- a blob that cannot be removed: where a quota of btrfs is used up, the immutable flag does not come off

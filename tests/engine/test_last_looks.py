@@ -66,6 +66,44 @@ def digest_of(data: bytes) -> str:
 # -- writers who go around the mount, and had the file open before anybody could take a lease
 
 
+@pytest.fixture
+def no_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on filesystems that have none: what is left are looks at the stamp."""
+    monkeypatch.setattr(Backing, "take_read_lease", staticmethod(lambda fd: False))
+
+
+@pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("who", ["known", "new", "third"])
+@pytest.mark.parametrize("writes", [True, False], ids=["writes", "idle"])
+def test_shared_when_nobody_has_it_open_for_writing(bench: Bench, who: str, writes: bool) -> None:
+    """What he writes next would go into a blob, or into an inode that no path leads to."""
+    for name in ("known", "new", "third"):
+        if name == who:
+            outside = open(bench.put(name, DATA), "r+b", buffering=0)  # noqa: SIM115
+            bench.scan()
+        else:
+            bench.write(name, DATA)
+            bench.settle()
+    bench.expect_log("outside the mount")
+    with outside:
+        assert set(bench.duplicates(who)) == {"known", "new", "third"} - {who}
+        bench.engine.settler.offer_postponed()
+        bench.settle()
+        assert bench.state(who) == "plain"
+        if writes:
+            os.pwrite(outside.fileno(), b"CHANGED", 0)
+    bench.engine.settler.offer_postponed()
+    if writes:
+        bench.scan()
+        assert bench.read(who) == CHANGED
+        assert bench.duplicates(who) == []
+    else:
+        bench.settle()
+        assert bench.state(who) == "reference"
+    assert {bench.read(name) for name in {"known", "new", "third"} - {who}} == {DATA}
+
+
+@pytest.mark.usefixtures("no_leases")
 @pytest.mark.parametrize("who", ["known", "new"])
 def test_written_between_the_comparison_and_the_rename(bench: Bench, at: At, who: str) -> None:
     for name in ("known", "new"):
@@ -119,6 +157,7 @@ def test_written_after_the_last_look_at_its_stamp(bench: Bench, monkeypatch: pyt
     assert bench.digest("file") == digest_of(CHANGED)
 
 
+@pytest.mark.usefixtures("no_leases")
 @pytest.mark.parametrize("bench", [("reflink", "xfs")], indirect=True, ids="-".join)
 def test_written_after_the_kernel_compared(bench: Bench, at: At) -> None:
     """It has its extents in common with the other one no more, and its stamp is not that of what was compared."""
@@ -219,13 +258,15 @@ def test_what_could_not_be_settled_gets_other_attributes(bench: Bench, how: str)
 
 
 def test_opened_for_writing_while_it_is_hashed(bench: Bench) -> None:
-    """Who opens the file around the mount is held up by a lease. When he is let go he writes into the file: it must not
-    have become a reference by then, whose old inode nobody sees."""
+    """Who opens the file around the mount is held up by a lease. When he is let go he writes into the file, at his
+    leisure: it must not have become a reference by then, whose old inode nobody sees."""
     writers: list[Running] = []
     path = bench.below("new")
+    may_write = threading.Event()
 
     def write() -> None:
         with open(path, "r+b", buffering=0) as file:
+            may_write.wait()
             file.write(b"OUTSIDE")
 
     def hasher(fd: int, checkpoint: Checkpoint = proceed) -> Digest:
@@ -239,11 +280,43 @@ def test_opened_for_writing_while_it_is_hashed(bench: Bench) -> None:
     bench.write("known", DATA)
     bench.settle()
     bench.put("new", DATA)
+    bench.expect_log("outside the mount")
     bench.scan()
+    may_write.set()
     writers[0].join()
     bench.scan()
     assert bench.read("new") == b"OUTSIDE" + DATA[7:]
     assert bench.read("known") == DATA
+
+
+@pytest.mark.parametrize(("who", "moment"), [("known", "fdatasync"), ("new", "set_mtime")])
+def test_opened_for_writing_after_the_comparison(bench: Bench, at: At, who: str, moment: str) -> None:
+    """As above, later: the last look before a file becomes a blob, or is replaced, is at its lease."""
+    bench.write("known", DATA)
+    bench.settle()
+    bench.write("new", DATA)
+    writers: list[Running] = []
+    path = bench.below(who)
+    may_write = threading.Event()
+
+    def write() -> None:
+        with open(path, "r+b", buffering=0) as file:
+            may_write.wait()
+            file.write(b"CHANGED")
+
+    def come() -> None:
+        fd = next(int(fd) for fd, target in bench._open_descriptors() if target == str(path))
+        writers.append(Running(write))
+        bench.wait_for(lambda: Backing.lease_is_breaking(fd))
+
+    at.do(come, name=moment)
+    bench.expect_log("outside the mount")
+    bench.settle()
+    may_write.set()
+    writers[0].join()
+    assert {name: bench.read(name) for name in ("known", "new")} == {"known": DATA, "new": DATA, who: CHANGED}
+    bench.scan()
+    assert bench.digest(who) == digest_of(CHANGED)
 
 
 @pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)

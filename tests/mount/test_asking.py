@@ -18,6 +18,8 @@ from tests.support.photos import photographs
 from tests.support.tools import OTHER_GROUP, USER, attempt, needs_root, read_afresh, tool
 from tests.support.trees import photograph, shared_copies, shared_state
 
+pytestmark = pytest.mark.either_way
+
 OURS = ["digest", "state", "refs", "duplicates", "image", "phash", "similar", "authoritative", "conflicts"]
 MADE_UP = ["user.dedupfs.digest", "user.dedupfs.ref", "user.dedupfs.whatever", "user.dedupfs."]
 MARKS = ["trusted.dedupfs.ref", "user.dedupfs.ref"]

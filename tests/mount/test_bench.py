@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.mounted import REPOSITORY
 from tests.support.tools import needs_root, tool
+
+pytestmark = pytest.mark.either_way
 
 
 @needs_root

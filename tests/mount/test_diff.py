@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
 
 from tests.conftest import Mounts
@@ -15,6 +16,8 @@ from tests.support import hostile
 from tests.support.flavours import ONE_FLAVOUR
 from tests.support.mounted import REPOSITORY, Mounted, dedupfs
 from tests.support.tools import USER, needs_root
+
+pytestmark = pytest.mark.either_way
 
 
 def write_two(mounted: Mounted) -> tuple[Path, Path]:

@@ -21,6 +21,8 @@ from tests.support.tools import needs_root
 
 references = pytest.mark.parametrize("mounts", [("reference", "ext4")], indirect=True, ids="-".join)
 
+pytestmark = pytest.mark.either_way
+
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

@@ -212,6 +212,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.either_way
 @REFERENCE
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=[name.replace(" ", "-") for name in DAMAGES])
 def test_the_index_is_made_again(
@@ -220,6 +221,7 @@ def test_the_index_is_made_again(
     check_that_the_index_is_made_again(mounts, damage, rng)
 
 
+@pytest.mark.either_way
 @flavours(("reflink", "xfs"))
 def test_the_index_is_made_again_where_extents_are_shared(mounts: Mounts, rng: random.Random) -> None:
     check_that_the_index_is_made_again(mounts, _delete, rng)
@@ -306,6 +308,7 @@ def test_a_store_has_one_owner(mounts: Mounts) -> None:
     assert (mounted.store / "clean").exists()
 
 
+@pytest.mark.either_way
 @ONE_FLAVOUR
 def test_a_store_of_a_format_that_is_not_known(mounted: Mounted) -> None:
     picture = photograph()
@@ -428,6 +431,7 @@ def test_options_of_mount_8(mounted: Mounted) -> None:
     script.write_text("x")
 
 
+@pytest.mark.either_way
 @ONE_FLAVOUR
 def test_what_cannot_be_mounted(mounts: Mounts) -> None:
     mounted = mounts.new()
@@ -504,6 +508,7 @@ def numbered(folder: Path, number: int, make: Callable[[Path], object]) -> Path:
             return last
 
 
+@pytest.mark.either_way
 @needs_root
 @ONE_FLAVOUR
 @pytest.mark.parametrize("what", ["made", "removed", "renamed", "replaced"])
@@ -765,6 +770,7 @@ while not select.select([sys.stdin], [], [], 0)[0]:
 """
 
 
+@pytest.mark.either_way
 @needs_root
 @REFERENCES
 def test_nobody_sees_what_a_dead_mount_hides(dead: Mounted) -> None:
@@ -780,6 +786,7 @@ def test_nobody_sees_what_a_dead_mount_hides(dead: Mounted) -> None:
     assert [reader.communicate("\n")[0] for reader in readers] == ["", ""]
 
 
+@pytest.mark.either_way
 @needs_root
 @REFERENCES
 def test_a_dead_mount_stays_until_another_one_can_take_its_place(dead: Mounted) -> None:

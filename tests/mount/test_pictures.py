@@ -22,6 +22,8 @@ from tests.support.mounted import Mounted, dedupfs
 from tests.support.photos import photographs
 from tests.support.tools import USER, attempt, needs_root, tool
 
+pytestmark = pytest.mark.either_way
+
 
 def picture(number: int = 0) -> Image.Image:
     image = ImageOps.exif_transpose(Image.open(photographs(number + 1, jpeg=True)[number])).convert("RGB")

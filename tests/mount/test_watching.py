@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
 from PIL import ImageDraw
 
 from tests.mount.test_pictures import camera_exif, jpeg, picture
 from tests.support.flavours import ONE_FLAVOUR
 from tests.support.mounted import REPOSITORY, Mounted, dedupfs
 from tests.support.tools import USER, needs_root
+
+pytestmark = pytest.mark.either_way
 
 PATIENCE_S = 60.0
 

@@ -96,15 +96,27 @@ MUTATIONS = [
     ),
     Mutation(
         "a writer who came is not seen before the rename", "sharing",
-        "        file.watch.checkpoint()\n        try:",
-        "        try:",
+        "        file.watch.checkpoint()\n        if file.leased",
+        "        if file.leased",
         4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "a file whose publishing failed keeps the blob's name", "sharing",
-        "                    self._take_back(staged)\n                finally:",
-        "                    self._backing.unlink(staged)\n                finally:",
+        "                self._take_back(staged)\n                if",
+        "                self._backing.unlink(staged)\n                if",
         4, (_ENGINE + "test_last_looks.py",),
+    ),
+    Mutation(
+        "there is no descriptor to undo with", "sharing",
+        "                for fd in spare:  # first:",
+        "                for fd in []:  # first:",
+        7, (_ENGINE + "test_failures.py::test_no_descriptor_is_left_to_undo_with",),
+    ),
+    Mutation(
+        "a writer around the mount who came is not seen before the rename", "sharing",
+        "        if file.leased and self._backing.lease_is_breaking(file.fd):",
+        "        if False:",
+        4, (_ENGINE + "test_last_looks.py::test_opened_for_writing_after_the_comparison",),
     ),
     Mutation(
         "who waits for the lease of a file writes into the blob that it became", "sharing",
@@ -401,14 +413,32 @@ MUTATIONS = [
     ),
     # --- matching
     Mutation(
+        "a file is shared while somebody writes to it around the mount", "matching",
+        "shareable=shareable and is_alone)",
+        "shareable=shareable)",
+        4, (_ENGINE + "test_last_looks.py::test_shared_when_nobody_has_it_open_for_writing",),
+    ),
+    Mutation(
+        "a file becomes a blob while somebody writes to it around the mount", "matching",
+        "                if not self._lease(other):",
+        "                if False:",
+        4, (_ENGINE + "test_last_looks.py::test_shared_when_nobody_has_it_open_for_writing",),
+    ),
+    Mutation(
+        "what a writer around the mount kept from being shared is not tried again", "matching",
+        "if shareable and not is_alone and common is not None:",
+        "if False:",
+        3, (_ENGINE + "test_last_looks.py::test_shared_when_nobody_has_it_open_for_writing",),
+    ),
+    Mutation(
         "a file that changed while it was hashed keeps the digest", "matching",
-        "if Stamp.of(os.fstat(file.fd)) != file.stamp or (lease and",
-        "if (lease and",
+        "if Stamp.of(os.fstat(file.fd)) != file.stamp or (file.leased and",
+        "if (file.leased and",
         3, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
         "the lease is not asked", "matching",
-        "!= file.stamp or (lease and self._backing.lease_is_breaking(file.fd)):",
+        "!= file.stamp or (file.leased and self._backing.lease_is_breaking(file.fd)):",
         "!= file.stamp:",
         3, (_ENGINE + "test_last_looks.py",),
     ),
@@ -512,8 +542,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a file with two names becomes a reference", "matching",
-        "shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)",
-        "shareable = self._rules.allow(file.path, st.st_size)",
+        "shareable = st.st_nlink == 1 and self._rules.allow(path, st.st_size)",
+        "shareable = self._rules.allow(path, st.st_size)",
         4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
