@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,14 @@ def test_opened_for_writing_while_it_is_hashed(bench: Bench) -> None:
     assert bench.read("known") == DATA
 
 
+def held_up(bench: Bench, path: Path, write: Callable[[], None]) -> Running:
+    """Somebody who opens a file that settling has a lease on. He waits for that."""
+    fd = next(int(fd) for fd, target in bench._open_descriptors() if target == str(path))
+    writer = Running(write)
+    bench.wait_for(lambda: Backing.lease_is_breaking(fd))
+    return writer
+
+
 @pytest.mark.parametrize(("who", "moment"), [("known", "fdatasync"), ("new", "set_mtime")])
 def test_opened_for_writing_after_the_comparison(bench: Bench, at: At, who: str, moment: str) -> None:
     """As above, later: the last look before a file becomes a blob, or is replaced, is at its lease."""
@@ -304,12 +313,7 @@ def test_opened_for_writing_after_the_comparison(bench: Bench, at: At, who: str,
             may_write.wait()
             file.write(b"CHANGED")
 
-    def come() -> None:
-        fd = next(int(fd) for fd, target in bench._open_descriptors() if target == str(path))
-        writers.append(Running(write))
-        bench.wait_for(lambda: Backing.lease_is_breaking(fd))
-
-    at.do(come, name=moment)
+    at.do(lambda: writers.append(held_up(bench, path, write)), name=moment)
     bench.expect_log("outside the mount")
     bench.settle()
     may_write.set()
@@ -334,12 +338,7 @@ def test_opened_for_writing_while_it_becomes_a_blob(bench: Bench, at: At, moment
         with open(path, "r+b", buffering=0) as file, suppress(PermissionError):
             file.write(b"OUTSIDE")
 
-    def come() -> None:
-        fd = next(int(fd) for fd, target in bench._open_descriptors() if target == str(path))
-        writers.append(Running(write))
-        bench.wait_for(lambda: Backing.lease_is_breaking(fd))
-
-    at.do(come, name=moment)
+    at.do(lambda: writers.append(held_up(bench, path, write)), name=moment)
     bench.settle()
     writers[0].join()
     assert bench.read("known") == bench.read("new") == DATA
