@@ -364,8 +364,10 @@ class ReferenceSharing:
     # -- after a crash ------------------------------------------------------------------------------------------------
 
     def sweep(self) -> int:
-        """Clear staging/ of what a crash left, or an error that undoing met as well. Nobody shares now. Answers how much
-        there was."""
+        """Clear staging/ of what a crash left, or an error that undoing met as well. Nobody shares now.
+
+        Answers how many leftovers there were.
+        """
         count = 0
         for entry in list(self._backing.scandir(STAGING)):
             path = STAGING + b"/" + os.fsencode(entry.name)
