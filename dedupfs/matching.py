@@ -38,7 +38,6 @@ _TICK_NS = 20_000_000
 
 # What the kernel has open of a file in passthrough it closes a moment after the app, and after we were told.
 _LETTING_GO_S = 0.2
-_WRITER_AROUND = "open for writing outside the mount"
 
 # A file with longer holes (a sparse image, or a mistake) would be hashed for hours, and hides nothing worth sharing.
 _MOST_HOLE_BYTES = 1 << 40
@@ -140,15 +139,15 @@ class Matcher:
                     log.info("%s is nearly all holes, and is not hashed", os.fsdecode(path))
                     batch.doubt_file(ino)
                     return NOTHING
-                is_alone = self._lease(file)
+                if not self._lease(file):
+                    self._wait_for_writer(file)
+                    batch.doubt_file(ino)
+                    return NOTHING
                 digest = self._digest(file, before, written_digest(file.stamp))
                 st = os.fstat(fd)
                 if Stamp.of(st) != file.stamp:
                     raise Changed("written meanwhile")
-                shareable = st.st_nlink == 1 and self._rules.allow(path, st.st_size)
-                common = self._join(batch, file, st, digest, shareable=shareable and is_alone)
-                if shareable and not is_alone and common is not None:
-                    self._share_later(file, _WRITER_AROUND)
+                common = self._join(batch, file, st, digest)
                 content = common or self._begin(batch, file, st, before, digest)
                 # Now that its bytes are in memory: who describes need not open what is no picture.
                 if content is not None and not looks_like_picture(os.pread(fd, HEAD_BYTES, 0)):
@@ -209,8 +208,8 @@ class Matcher:
         return digest
 
     def _lease(self, file: Settled) -> bool:
-        """Take a lease on the file, where there are any. False when somebody who goes around the mount has it open for
-        writing: what he writes would go to an inode that nobody sees, or that others share."""
+        """Take a lease on the file, where there are any. False when somebody can write to it, around the mount or by a
+        mapping: what he writes would be in no digest, and in an inode that nobody sees, or that others share."""
         deadline = time.monotonic() + _LETTING_GO_S
         while True:
             try:
@@ -221,11 +220,10 @@ class Matcher:
                     return False
             time.sleep(_LETTING_GO_S / 20)
 
-    def _join(
-        self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest, *, shareable: bool
-    ) -> ContentKey | None:
+    def _join(self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest) -> ContentKey | None:
         """Put the file under the content that it has in common with somebody, shared if it can be; None if there is
         none."""
+        shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)
         for _, named in itertools.groupby(self._known_contents(batch, digest), lambda content: content.bytes_key):
             copies = [each for each in named if self._size_of(batch, each, file.key.ino) == st.st_size]
             for content, target in self._choices(batch, file, copies) if shareable else ():
@@ -305,12 +303,15 @@ class Matcher:
         except (FileNotFoundError, NotADirectoryError):
             raise Changed("one of the two was moved meanwhile") from None
         except OSError as error:
-            self._share_later(file, error.strerror or str(error))
+            if self._postpone(file.key.ino, file.path):
+                log.warning("cannot share %s now: %s", os.fsdecode(file.path), error.strerror or error)
             return False
 
-    def _share_later(self, file: Settled, reason: str) -> None:
-        if self._postpone(file.key.ino, file.path):
-            log.warning("cannot share %s now: %s", os.fsdecode(file.path), reason)
+    def _wait_for_writer(self, file: Settled) -> None:
+        """Have a file settled again that there is no lease on. In passthrough the kernel has it open for writing also
+        for a reader who came while an app wrote."""
+        if not self._openfiles.settle_when_closed(file.key) and self._postpone(file.key.ino, file.path):
+            log.info("%s is open or mapped for writing, and is settled later", os.fsdecode(file.path))
 
     def _size_of(self, batch: Batch, content: ContentKey, ino: Ino) -> int | None:
         for other in self._others(batch, content, ino):
@@ -356,7 +357,7 @@ class Matcher:
                 if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other, file):
                     continue
                 if not self._lease(other):
-                    self._share_later(other, _WRITER_AROUND)
+                    self._wait_for_writer(other)
                     continue
                 try:
                     if self._strategy.share(other, file, target):

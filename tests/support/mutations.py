@@ -414,8 +414,8 @@ MUTATIONS = [
     # --- matching
     Mutation(
         "a file is shared while somebody writes to it around the mount", "matching",
-        "shareable=shareable and is_alone)",
-        "shareable=shareable)",
+        "                if not self._lease(file):",
+        "                self._lease(file)\n                if False:",
         4, (_ENGINE + "test_last_looks.py::test_shared_when_nobody_has_it_open_for_writing",),
     ),
     Mutation(
@@ -426,8 +426,8 @@ MUTATIONS = [
     ),
     Mutation(
         "what a writer around the mount kept from being shared is not tried again", "matching",
-        "if shareable and not is_alone and common is not None:",
-        "if False:",
+        "                    self._wait_for_writer(file)\n",
+        "                    pass\n",
         3, (_ENGINE + "test_last_looks.py::test_shared_when_nobody_has_it_open_for_writing",),
     ),
     Mutation(
@@ -542,8 +542,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a file with two names becomes a reference", "matching",
-        "shareable = st.st_nlink == 1 and self._rules.allow(path, st.st_size)",
-        "shareable = self._rules.allow(path, st.st_size)",
+        "shareable = st.st_nlink == 1 and self._rules.allow(file.path, st.st_size)",
+        "shareable = self._rules.allow(file.path, st.st_size)",
         4, (_ENGINE + "test_last_looks.py",),
     ),
     Mutation(
