@@ -520,9 +520,14 @@ class FileIo:
             return None
         try:
             with self._openfiles.watch(inode.key) as watch:
-                link = self._backing.link_of(path)
-                file = Settled(path, link, source.own_fd, record.stamp, inode.key, watch)
-                self._references.publish(file, record.content)
+                # Opened again: there is a lease on it until it is closed.
+                fd = os.open(f"/proc/self/fd/{source.own_fd}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    file = Settled(path, self._backing.link_of(path), fd, record.stamp, inode.key, watch)
+                    file.leased = self._backing.take_read_lease(fd)
+                    self._references.publish(file, record.content)
+                finally:
+                    os.close(fd)
         except (InUse, GivenUp, Changed, OSError) as error:
             log.debug("cannot publish %s for a copy: %s", os.fsdecode(path), error)
             return None

@@ -106,6 +106,19 @@ def test_shared_when_nobody_has_it_open_for_writing(bench: Bench, who: str, sett
     assert {bench.read(name) for name in others} == {DATA}
 
 
+@pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)
+def test_copied_while_somebody_has_it_open_for_writing(bench: Bench) -> None:
+    """A copy by reference would make the file a blob."""
+    bench.write("known", DATA)
+    bench.settle()
+    with open(bench.below("known"), "r+b", buffering=0) as outside:
+        bench.copy("known", "copy")
+        os.pwrite(outside.fileno(), b"CHANGED", 0)
+    assert bench.read("known") == CHANGED
+    assert bench.read("copy") == DATA
+    bench.scan()
+
+
 @pytest.mark.usefixtures("no_leases")
 @pytest.mark.parametrize("who", ["known", "new"])
 def test_written_between_the_comparison_and_the_rename(bench: Bench, at: At, who: str) -> None:

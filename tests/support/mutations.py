@@ -617,6 +617,12 @@ MUTATIONS = [
         "its stamp, and the watch that publishing takes, say the same",
     ),
     Mutation(
+        "a file that somebody writes to around the mount is copied by reference", "fileio",
+        "                    file.leased = self._backing.take_read_lease(fd)\n",
+        "",
+        4, (_ENGINE + "test_last_looks.py::test_copied_while_somebody_has_it_open_for_writing",),
+    ),
+    Mutation(
         "a file with two names is copied by reference", "fileio",
         "            and st.st_nlink == 1\n            and key.device",
         "            and key.device",
