@@ -67,6 +67,9 @@ _REPLACING_FILESYSTEMS = frozenset({"ext4", "xfs"})
 # Filesystems that have nothing to say at close(2) that they had not said before, unlike those of a network.
 _SILENT_FILESYSTEMS = _ORDERED_FILESYSTEMS | {"btrfs", "f2fs", "tmpfs"}
 
+# Filesystems where a lease is the server's to give (nfs4_setlease, cifs_setlease): none says nothing of writers.
+_LEASED_BY_A_SERVER = frozenset({"nfs", "nfs4", "cifs", "smb3"})
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -683,18 +686,19 @@ class Backing:
             if error.errno in NO_ROOM and not immutable:
                 raise
 
-    @staticmethod
-    def take_read_lease(fd: int) -> bool:
+    def take_read_lease(self, fd: int) -> bool:
         """Make a writer who goes around the mount wait until `fd` is closed, or for /proc/sys/fs/lease-break-time.
 
-        Raises BlockingIOError while anybody has the file open for writing. False where leases cannot be had: not on
-        every filesystem, and without privileges not on the files of others. fcntl(2).
+        Raises BlockingIOError while anybody has the file open or mapped for writing. False where leases cannot be had:
+        not on every filesystem, and without privileges not on the files of others. fcntl(2).
         """
         try:
             # The default signal of a lease break, SIGIO, would end the process; SIGURG is ignored by default.
             fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
             fcntl.fcntl(fd, _F_SETLEASE, fcntl.F_RDLCK)
         except BlockingIOError:
+            if self.filesystem in _LEASED_BY_A_SERVER:
+                return False
             raise
         except OSError:
             return False

@@ -70,7 +70,7 @@ def digest_of(data: bytes) -> str:
 @pytest.fixture
 def no_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on filesystems that have none: what is left are looks at the stamp."""
-    monkeypatch.setattr(Backing, "take_read_lease", staticmethod(lambda fd: False))
+    monkeypatch.setattr(Backing, "take_read_lease", lambda _backing, _fd: False)
 
 
 @pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)
@@ -104,6 +104,14 @@ def test_shared_when_nobody_has_it_open_for_writing(bench: Bench, who: str, sett
     assert bench.duplicates(who) == ([] if writes else others)
     assert bench.state(who) == ("plain" if writes else "reference")
     assert {bench.read(name) for name in others} == {DATA}
+
+
+def test_the_server_gives_no_lease(bench: Bench) -> None:
+    """That says nothing of who has it open: files of NFS and SMB are settled without."""
+    bench.engine.backing.filesystem = "nfs4"
+    with open(bench.put("file", DATA), "r+b"):
+        bench.scan()
+        assert bench.digest("file") == digest_of(DATA)
 
 
 @pytest.mark.parametrize("bench", [("reference", "ext4"), ("reference", "xfs")], indirect=True, ids="-".join)
