@@ -36,8 +36,10 @@ log = logging.getLogger(__name__)
 # where HZ is 100; newer kernels give finer times to a file that was looked at.
 _TICK_NS = 20_000_000
 
-# What the kernel has open of a file in passthrough it closes a moment after the app, and after we were told.
+# What the kernel has open of a file in passthrough it closes a moment after the app, and after we were told. Only where
+# something was written lately is that waited for: of those that are open around the mount there may be a thousand.
 _LETTING_GO_S = 0.2
+_LATELY_NS = 10 * 10**9
 
 # A file with longer holes (a sparse image, or a mistake) would be hashed for hours, and hides nothing worth sharing.
 _MOST_HOLE_BYTES = 1 << 40
@@ -210,13 +212,14 @@ class Matcher:
     def _lease(self, file: Settled) -> bool:
         """Take a lease on the file, where there are any. False when somebody can write to it, around the mount or by a
         mapping: what he writes would be in no digest, and in an inode that nobody sees, or that others share."""
-        deadline = time.monotonic() + _LETTING_GO_S
+        lately = time.time_ns() - file.stamp.ctime_ns < _LATELY_NS
+        deadline = time.monotonic() + (_LETTING_GO_S if lately else 0)
         while True:
             try:
                 file.leased = self._backing.take_read_lease(file.fd)
                 return True
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if time.monotonic() >= deadline:
                     return False
             time.sleep(_LETTING_GO_S / 20)
 
