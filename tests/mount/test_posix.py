@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from tests.conftest import Mounts
 from tests.support.blocks import is_reference
 from tests.support.filesystems import tmpfs
-from tests.support.flavours import BOTH_STRATEGIES, ONE_FLAVOUR
+from tests.support.flavours import BOTH_STRATEGIES, ONE_FLAVOUR, REFERENCES
 from tests.support.mounted import Mounted
 from tests.support.tools import OTHER_GROUP, USER, attempt, needs_root, read_afresh, shell, tool
 from tests.support.trees import photograph, shared_copies, shared_state
@@ -715,6 +716,16 @@ ctypes.memmove(pages + 100, b"late", 4)
 """
 
 
+def _mapping(path: Path) -> "subprocess.Popen[bytes]":
+    """A program that has mapped the file, and writes to it when it is given a line."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", _WITH_A_MAPPING, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"mapped\n"
+    return program
+
+
 @BOTH_STRATEGIES
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_mapping_that_outlives_its_descriptor(mounted: Mounted, which: int) -> None:
@@ -726,14 +737,7 @@ def test_a_mapping_that_outlives_its_descriptor(mounted: Mounted, which: int) ->
     for path in copies:
         path.write_bytes(content)
         if path is copies[which]:
-            program = subprocess.Popen(
-                [sys.executable, "-c", _WITH_A_MAPPING, path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            assert program.stdout is not None
-            assert program.stdout.readline() == b"mapped\n"
-            programs.append(program)
+            programs.append(_mapping(path))
         mounted.settle()
     assert copies[which].read_bytes() == content
     for program in programs:
@@ -743,6 +747,29 @@ def test_a_mapping_that_outlives_its_descriptor(mounted: Mounted, which: int) ->
     assert [read_afresh(path) for path in copies] == [late if path is copies[which] else content for path in copies]
     mounted.run("scan", mounted.mountpoint)
     assert mounted.xattr(copies[which], "digest") != mounted.xattr(copies[1 - which], "digest")
+
+
+@needs_root
+@REFERENCES
+def test_a_mapping_that_outlives_its_daemon(mounted: Mounted) -> None:
+    """With passthrough the kernel goes on for whoever has it, beside the next mount."""
+    content = photograph().read_bytes()
+    passes = mounted.status()["passthrough"]
+    mounted.path("one").write_bytes(content)
+    mounted.path("two").write_bytes(content)
+    program = _mapping(mounted.path("two"))
+    mounted.kill(stays=True)
+    mounted.start()
+    mounted.run("scan", mounted.mountpoint)
+    mounted.settle()
+    program.communicate(b"\n")
+    assert program.returncode == (0 if passes else -signal.SIGBUS)
+    mounted.run("scan", mounted.mountpoint)
+    mounted.settle()
+    late = content[:100] + b"late" + content[104:] if passes else content
+    assert read_afresh(mounted.path("two")) == late
+    assert read_afresh(mounted.path("one")) == content
+    mounted.unmount()
 
 
 # --- times
