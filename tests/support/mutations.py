@@ -765,6 +765,24 @@ MUTATIONS = [
         1, (_ENGINE + "test_order.py", _ENGINE + "test_materialise.py"),
     ),
     Mutation(
+        "a lease that a writer keeps from being had is none that nobody can have", "backing",
+        "            raise\n        except OSError:\n            return False\n        return True\n",
+        "            return False\n        except OSError:\n            return False\n        return True\n",
+        4, (_ENGINE + "test_last_looks.py::test_copied_while_somebody_has_it_open_for_writing",),
+    ),
+    Mutation(
+        "nothing is settled where a server gives leases", "backing",
+        "            if self.filesystem in _LEASED_BY_A_SERVER:",
+        "            if False:",
+        3, (_ENGINE + "test_last_looks.py::test_the_server_gives_no_lease",),
+    ),
+    Mutation(
+        "what could not be undone is left at a clean stop", "engine",
+        "            self.references.sweep()  # what could",
+        "            # what could",
+        7, (_ENGINE + "test_failures.py::test_healing_that_cannot_be_undone",),
+    ),
+    Mutation(
         "a broken lease ends the daemon", "backing",
         "            fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)\n",
         "",
