@@ -763,7 +763,8 @@ def test_a_mapping_that_outlives_its_daemon(mounted: Mounted) -> None:
     mounted.run("scan", mounted.mountpoint)
     mounted.settle()
     program.communicate(b"\n")
-    assert program.returncode == (0 if passes else -signal.SIGBUS)
+    # Without, what he writes is lost with the daemon; whether he is told depends on what the kernel has in memory.
+    assert program.returncode in ((0,) if passes else (0, -signal.SIGBUS))
     mounted.run("scan", mounted.mountpoint)
     mounted.settle()
     late = content[:100] + b"late" + content[104:] if passes else content
