@@ -671,7 +671,8 @@ def test_nobody_sees_that_a_directory_changes_as_a_file_in_it_is_shared(bench: B
         assert bench.below("folder").stat().st_mtime_ns != before
         at.after = notice
         running.append(Running(look))
-        assert looked.wait(PATIENCE_S)
+        if not listed or bench.engine.backing.replaces_in_place:  # elsewhere a listing waits for sharing
+            assert looked.wait(PATIENCE_S)
 
     def notice(name: str, arguments: tuple[Any, ...]) -> None:
         if name == "lstat" and arguments[0] == b"folder":
