@@ -142,7 +142,6 @@ class Matcher:
                     batch.doubt_file(ino)
                     return NOTHING
                 if not self._lease(file):
-                    self._wait_for_writer(file)
                     batch.doubt_file(ino)
                     return NOTHING
                 digest = self._digest(file, before, written_digest(file.stamp))
@@ -211,7 +210,8 @@ class Matcher:
 
     def _lease(self, file: Settled) -> bool:
         """Take a lease on the file, where there are any. False when somebody can write to it, around the mount or by a
-        mapping: what he writes would be in no digest, and in an inode that nobody sees, or that others share."""
+        mapping: what he writes would be in no digest, and in an inode that nobody sees, or that others share. It is
+        settled again later."""
         lately = time.time_ns() - file.stamp.ctime_ns < _LATELY_NS
         deadline = time.monotonic() + (_LETTING_GO_S if lately else 0)
         while True:
@@ -220,8 +220,12 @@ class Matcher:
                 return True
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    return False
+                    break
             time.sleep(_LETTING_GO_S / 20)
+        # In passthrough the kernel has it open for writing also for a reader who came while an app wrote.
+        if not self._openfiles.settle_when_closed(file.key) and self._postpone(file.key.ino, file.path):
+            log.info("%s is open or mapped for writing, and is settled later", os.fsdecode(file.path))
+        return False
 
     def _join(self, batch: Batch, file: Settled, st: os.stat_result, digest: Digest) -> ContentKey | None:
         """Put the file under the content that it has in common with somebody, shared if it can be; None if there is
@@ -310,12 +314,6 @@ class Matcher:
                 log.warning("cannot share %s now: %s", os.fsdecode(file.path), error.strerror or error)
             return False
 
-    def _wait_for_writer(self, file: Settled) -> None:
-        """Have a file settled again that there is no lease on. In passthrough the kernel has it open for writing also
-        for a reader who came while an app wrote."""
-        if not self._openfiles.settle_when_closed(file.key) and self._postpone(file.key.ino, file.path):
-            log.info("%s is open or mapped for writing, and is settled later", os.fsdecode(file.path))
-
     def _size_of(self, batch: Batch, content: ContentKey, ino: Ino) -> int | None:
         for other in self._others(batch, content, ino):
             if (held := batch.file(other)) is not None:
@@ -360,7 +358,6 @@ class Matcher:
                 if other is None or os.fstat(other.fd).st_nlink != 1 or not self._may_share(other, file):
                     continue
                 if not self._lease(other):
-                    self._wait_for_writer(other)
                     continue
                 try:
                     if self._strategy.share(other, file, target):

@@ -21,7 +21,7 @@ from dedupfs.backing import Backing
 from dedupfs.digest import Checkpoint, hash_descriptor, proceed
 from dedupfs.index import Batch
 from dedupfs.journal import Entry, Restored, Shared
-from dedupfs.model import Caller, ContentKey, Digest
+from dedupfs.model import Caller, ContentKey, Digest, Ino, Stamp
 from dedupfs.openfiles import Watch
 
 from .bench import BLOCK, ME, PATIENCE_S, Bench, Running, Tampered, content, few_bits, silent
@@ -104,6 +104,29 @@ def test_shared_when_nobody_has_it_open_for_writing(bench: Bench, who: str, sett
     assert bench.duplicates(who) == ([] if writes else others)
     assert bench.state(who) == ("plain" if writes else "reference")
     assert {bench.read(name) for name in others} == {DATA}
+
+
+def test_whoever_is_just_letting_go_is_waited_for(bench: Bench) -> None:
+    """In passthrough the kernel closes what it has open of a file a moment after the mount has heard of that."""
+    backing = Tampered(bench.source)
+    bench.reopen(backing=backing)
+    asked: list[str] = []
+    path = bench.put("file", DATA)
+    with open(path, "r+b") as outside:
+
+        def before(name: str, _arguments: tuple[Any, ...]) -> None:
+            if name == "take_read_lease":
+                asked.append(name)
+                if len(asked) == 2:
+                    outside.close()
+
+        backing.before = before
+        ino = Ino(path.stat().st_ino)
+        bench.engine.settler.offer(ino, b"file")
+        bench.settle()
+    record = bench.engine.index.file(ino)
+    assert record is not None
+    assert record.stamp == Stamp.of(path.stat())
 
 
 def test_the_server_gives_no_lease(bench: Bench) -> None:

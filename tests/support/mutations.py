@@ -426,9 +426,15 @@ MUTATIONS = [
     ),
     Mutation(
         "what a writer around the mount kept from being shared is not tried again", "matching",
-        "                    self._wait_for_writer(file)\n",
-        "                    pass\n",
+        " and self._postpone(file.key.ino, file.path):\n            log.info",
+        ":\n            log.info",
         3, (_ENGINE + "test_last_looks.py::test_shared_when_nobody_has_it_open_for_writing",),
+    ),
+    Mutation(
+        "who is just letting go of a file is not waited for", "matching",
+        "deadline = time.monotonic() + (_LETTING_GO_S if lately else 0)",
+        "deadline = time.monotonic()",
+        3, (_ENGINE + "test_last_looks.py::test_whoever_is_just_letting_go_is_waited_for",),
     ),
     Mutation(
         "a file that changed while it was hashed keeps the digest", "matching",
